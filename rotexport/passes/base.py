@@ -17,12 +17,32 @@ class Preserves(Enum):
     QUANTIZATION = "changed by quantization"
 
 
+class Where(Enum):
+    """How a transform entered the graph."""
+
+    FOLDED = "folded"  # into weights: free at run time
+    ONLINE = "online"  # as an operator, with its counterpart folded where weights absorb it
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one transform went: `rotation` is r1, r2, r3, r4 or o_heads; `site` is `block.role` or `residual`."""
+
+    rotation: str
+    site: str
+    where: Where
+    transform: str  # e.g. "Hadamard 576 = 36 x 16"; empty when refused
+    reason: str = ""  # why online, or why refused
+
+
 @dataclass
 class PassReport:
     """How many rewrites a pass made, and what a reader of the build report should know of them."""
 
     changed: int = 0
     notes: list[str] = field(default_factory=list)
+    placements: list[Placement] = field(default_factory=list)
 
 
 class Pass(ABC):

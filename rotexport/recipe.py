@@ -1,0 +1,292 @@
+"""What a build should do: a typed recipe, read from YAML, with every unknown key refused.
+
+A recipe file may start from another (`extends: quarot-w8a8`). Rotations, formats and thresholds are checked
+when the recipe is made, before any model is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import yaml
+
+from rotexport.errors import RecipeError
+from rotexport.metrics import Thresholds
+from rotexport.quant.scheme import ActivationScheme, CacheScheme, WeightScheme
+from rotexport.transforms.transform import Hadamard, OrthogonalMatrix, Transform
+
+KINDS: Final = ("none", "hadamard", "random-hadamard", "orthogonal")
+DTYPES: Final = ("fp32", "fp16", "bf16")
+ONLINE_ROTATIONS: Final = ("r3", "r4", "o_heads")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """One rotation of a recipe.
+
+    `kind` is `none`, `hadamard`, `random-hadamard` (a Hadamard behind random signs drawn from `seed`) or
+    `orthogonal` (a random dense map, only where it folds). `block` limits it to blocks of that length.
+    """
+
+    kind: str = "none"
+    seed: int = 0
+    block: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise RecipeError(f"rotation kind {self.kind!r} is not one of {', '.join(KINDS)}")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise RecipeError(f"rotation seed {self.seed!r} is not a non-negative integer")
+        if self.block is not None and (not isinstance(self.block, int) or self.block < 1):
+            raise RecipeError(f"rotation block {self.block!r} is not a positive integer")
+        if self.kind == "orthogonal" and self.block is not None:
+            raise RecipeError("a rotation of kind 'orthogonal' is dense and takes no block; remove it")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is anything to rotate."""
+        return self.kind != "none"
+
+    def transform(self, size: int) -> Transform:
+        """Return the transform for an axis of `size`: the largest block that has a Hadamard when none was asked.
+
+        Raises:
+            TransformError: the asked block does not divide the axis, or has no Hadamard matrix.
+
+        """
+        if self.kind == "orthogonal":
+            return OrthogonalMatrix.random(size, self.seed)
+        return Hadamard.of(size, self.block, self.seed if self.kind == "random-hadamard" else None)
+
+
+@dataclass(frozen=True)
+class Rotations:
+    """Which streams rotate: residual, values, queries and keys, down inputs, heads (DESIGN: R1 to R4)."""
+
+    r1: Rotation = Rotation()
+    r2: Rotation = Rotation()
+    r3: Rotation = Rotation()
+    r4: Rotation = Rotation()
+    o_heads: Rotation = Rotation()
+
+    def __post_init__(self) -> None:
+        for name in ONLINE_ROTATIONS:
+            if getattr(self, name).kind == "orthogonal":
+                raise RecipeError(
+                    f"rotations.{name}: 'orthogonal' is dense and cannot run online; use 'hadamard' or 'random-hadamard'"
+                )
+        if self.o_heads.kind == "random-hadamard" or self.o_heads.block is not None:
+            raise RecipeError("rotations.o_heads mixes all heads by a plain Hadamard; use kind: hadamard without a block")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any rotation is asked for."""
+        return any(getattr(self, f.name).enabled for f in fields(self))
+
+    def without(self) -> Rotations:
+        """Return the same recipe section with nothing rotated."""
+        return Rotations()
+
+
+@dataclass(frozen=True)
+class Override:
+    """Schemes for the sites that a pattern (`11.down`, `*.down`, `head`) matches; None keeps the recipe's."""
+
+    site: str
+    weights: WeightScheme | None = None
+    activations: ActivationScheme | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a build decides about numbers."""
+
+    name: str = "custom"
+    description: str = ""
+    dtype: str = "fp16"
+    rotations: Rotations = Rotations()
+    weights: WeightScheme = WeightScheme()
+    activations: ActivationScheme = ActivationScheme()
+    kv_cache: CacheScheme = CacheScheme()
+    overrides: tuple[Override, ...] = ()
+    thresholds: Thresholds = field(default_factory=Thresholds)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise RecipeError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.activations.enabled and not self.weights.enabled:
+            raise RecipeError(
+                f"activations.format: {self.activations.format} needs quantized weights; set weights.format too"
+            )
+
+    def schemes(self, site: str) -> tuple[WeightScheme, ActivationScheme]:
+        """Return what to do with one linear: the last matching override wins; the head stays float without one."""
+        weights, activations = self.weights, self.activations
+        if site == "head":
+            weights, activations = WeightScheme(), ActivationScheme()
+        for override in self.overrides:
+            if fnmatchcase(site, override.site):
+                weights = override.weights or weights
+                activations = override.activations or activations
+        return weights, activations
+
+    def check_sites(self, sites: Iterable[str]) -> None:
+        """Raise RecipeError when an override matches none of the model's sites."""
+        known = list(sites)
+        for override in self.overrides:
+            if not any(fnmatchcase(site, override.site) for site in known):
+                near = get_close_matches(override.site, known, n=3)
+                hint = f"near it: {', '.join(near)}" if near else "`rotexport inspect` prints them"
+                raise RecipeError(f"overrides: no site matches {override.site!r}; {hint}")
+
+    def to_yaml(self) -> str:
+        """Write the recipe so that reading it back gives an equal one."""
+        return yaml.safe_dump(_plain(asdict(self)), sort_keys=False)
+
+
+def preset_names() -> list[str]:
+    """Return the names of the recipes that ship with the package."""
+    folder = resources.files("rotexport.recipes")
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str, settings: Iterable[str] = ()) -> Recipe:
+    """Read a preset or a YAML file, with `section.key=value` settings on top.
+
+    Raises:
+        RecipeError: no such recipe or file, bad YAML, an unknown key, or an illegal value.
+
+    """
+    mapping = _read(name_or_path)
+    for setting in settings:
+        _apply_setting(mapping, setting)
+    return from_mapping(mapping)
+
+
+def from_mapping(mapping: Mapping[str, Any]) -> Recipe:
+    """Make a recipe from what a YAML file holds.
+
+    Raises:
+        RecipeError: an unknown key or an illegal value.
+
+    """
+    values = dict(mapping)
+    _check_keys(values, Recipe, "")
+    if "rotations" in values:
+        values["rotations"] = _rotations(values["rotations"])
+    for key, cls in (("weights", WeightScheme), ("activations", ActivationScheme), ("kv_cache", CacheScheme)):
+        if key in values:
+            values[key] = _section(values[key], cls, key)
+    if "thresholds" in values:
+        values["thresholds"] = _section(values["thresholds"], Thresholds, "thresholds")
+    base = Recipe(**{k: v for k, v in values.items() if k != "overrides"})
+    return replace(base, overrides=tuple(_override(o, base) for o in values.get("overrides") or ()))
+
+
+def _read(name_or_path: str) -> dict[str, Any]:
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise RecipeError(f"recipe file '{path}' does not exist")
+        text, default_name = path.read_text(), path.stem
+    else:
+        names = preset_names()
+        if name_or_path not in names:
+            near = get_close_matches(name_or_path, names, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known recipes: {', '.join(names)}"
+            raise RecipeError(f"no recipe is called '{name_or_path}'; {hint}")
+        text, default_name = (resources.files("rotexport.recipes") / f"{name_or_path}.yaml").read_text(), name_or_path
+    try:
+        mapping = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe '{name_or_path}' is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(mapping, dict):
+        raise RecipeError(f"recipe '{name_or_path}' is not a mapping of sections")
+    parent = mapping.pop("extends", None)
+    merged = _merge(_read(str(parent)), mapping) if parent is not None else mapping
+    return {**merged, "name": mapping.get("name", default_name)}
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _apply_setting(mapping: dict[str, Any], setting: str) -> None:
+    key, separator, text = setting.partition("=")
+    if not separator or not key:
+        raise RecipeError(f"setting '{setting}' is not of the form section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"setting '{setting}': the value is not valid YAML") from error
+    *sections, last = key.split(".")
+    place = mapping
+    for section in sections:
+        inner = place.get(section)
+        if isinstance(inner, str) and section in {f.name for f in fields(Rotations)}:
+            inner = {"kind": inner}
+        place[section] = dict(inner) if isinstance(inner, dict) else {}
+        place = place[section]
+    place[last] = value
+
+
+def _rotations(value: Any) -> Rotations:
+    _check_keys(value, Rotations, "rotations.")
+    made = {}
+    for name, spec in value.items():
+        spec = {"kind": spec} if isinstance(spec, str) else spec
+        made[name] = _section(spec, Rotation, f"rotations.{name}")
+    return Rotations(**made)
+
+
+def _override(value: Any, recipe: Recipe) -> Override:
+    _check_keys(value, Override, "overrides.")
+    if "site" not in value:
+        raise RecipeError("overrides: an entry needs a `site`")
+    made: dict[str, Any] = {"site": str(value["site"])}
+    for key, base in (("weights", recipe.weights), ("activations", recipe.activations)):
+        if key in value:
+            _check_keys(value[key], type(base), f"overrides.{key}.")
+            made[key] = _build(type(base), {**asdict(base), **value[key]}, f"overrides.{key}")
+    return Override(**made)
+
+
+def _section(value: Any, cls: type[T], name: str) -> T:
+    _check_keys(value, cls, f"{name}.")
+    return _build(cls, value, name)
+
+
+def _build(cls: type[T], values: Mapping[str, Any], name: str) -> T:
+    try:
+        return cls(**values)
+    except RecipeError as error:
+        raise RecipeError(str(error) if name.split(".")[0] in str(error) else f"{name}: {error}") from error
+
+
+def _check_keys(value: Any, cls: type, prefix: str) -> None:
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{prefix.rstrip('.') or 'recipe'}: expected a mapping of keys, got {value!r}")
+    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    for key in value:
+        if key not in known:
+            near = get_close_matches(str(key), known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+            raise RecipeError(f"unknown key '{prefix}{key}'; {hint}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
