@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -149,8 +149,9 @@ class Derived(Weight):
 
 
 def whole(weight: Weight) -> Array:
-    """Evaluate a weight in float64 without intermediate rounding."""
-    return weight._whole() if isinstance(weight, Derived) else weight.read().astype(np.float64)
+    """Evaluate a weight in float64, rounding only where a `Cast` says so."""
+    values = weight._whole() if isinstance(weight, Derived) else weight.read()
+    return values.astype(np.float64, copy=False)
 
 
 def _slab64(weight: Weight, axis: int, start: int, stop: int) -> Array:
@@ -159,7 +160,7 @@ def _slab64(weight: Weight, axis: int, start: int, stop: int) -> Array:
 
 @dataclass(frozen=True)
 class Cast(Derived):
-    """The same numbers in another float type."""
+    """The same numbers, rounded to another float type."""
 
     weight: Weight
     to: np.dtype[Any]
@@ -177,11 +178,10 @@ class Cast(Derived):
         return self.weight.mixes
 
     def slab(self, axis: int, start: int, stop: int) -> Array:
-        # No detour through float64 when nothing is computed: a plain cast rounds at most once anyway.
-        return self.weight.slab(axis, start, stop)
+        return self.weight.slab(axis, start, stop).astype(self.to)
 
     def _whole(self) -> Array:
-        return whole(self.weight)
+        return whole(self.weight).astype(self.to)
 
 
 @dataclass(frozen=True)
@@ -257,8 +257,8 @@ class Affine(Derived):
     """`factor * weight + offset` with scalars: Gemma's 1 + gamma, attention scales folded into a matrix."""
 
     weight: Weight
-    factor: float = 1.0
-    offset: float = 0.0
+    factor: float
+    offset: float
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -379,6 +379,17 @@ class BiasThrough(Derived):
     def _whole(self) -> Array:
         carried: Array = whole(self.shift) @ whole(self.weight)
         return carried if self.bias is None else carried + whole(self.bias)
+
+
+def transpose(weight: Weight) -> Weight:
+    """Return an expression of the transposed matrix, with no `Transposed` where one can be avoided."""
+    if isinstance(weight, Transposed):
+        return weight.weight
+    if isinstance(weight, Cast):
+        return Cast(transpose(weight.weight), weight.to)
+    if isinstance(weight, (Folded, Scaled, Centered)):
+        return replace(weight, weight=transpose(weight.weight), axis=1 - weight.axis)
+    return Transposed(weight)
 
 
 @dataclass(frozen=True)
