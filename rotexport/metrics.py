@@ -6,11 +6,13 @@ in memory once, not five times.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from rotexport.errors import RecipeError
 
 if TYPE_CHECKING:
     from rotexport.graph.weights import Array
@@ -52,6 +54,59 @@ class Comparison:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class ThresholdResult:
+    """One threshold against the figure it limits."""
+
+    name: str
+    limit: float
+    value: float
+    passed: bool
+
+    def __str__(self) -> str:
+        bound = "at least" if self.name in _LOWER_BOUNDS else "at most"
+        verdict = "" if self.passed else "missed: "
+        return f"{verdict}{self.name} is {self.value:.6g}, {bound} {self.limit:.6g} was asked"
+
+
+_LOWER_BOUNDS = frozenset({"sqnr_db", "cosine", "top1_agreement", "block_sqnr_db"})
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What a build must reach against the PyTorch model; None is not checked.
+
+    At most: `max_abs_error` (logits), `relative_error` (of the largest logit), `kl` (nats per token),
+    `perplexity_ratio` (candidate over reference). At least: `top1_agreement` (fraction of tokens), `sqnr_db`
+    and `cosine` (logits), `block_sqnr_db` (every block's output, median token).
+    """
+
+    max_abs_error: float | None = None
+    relative_error: float | None = None
+    kl: float | None = None
+    perplexity_ratio: float | None = None
+    top1_agreement: float | None = None
+    sqnr_db: float | None = None
+    cosine: float | None = None
+    block_sqnr_db: float | None = None
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            limit = getattr(self, item.name)
+            if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float))):
+                raise RecipeError(f"thresholds.{item.name}: {limit!r} is not a number; give one, or null")
+
+    def check(self, figures: Mapping[str, float]) -> list[ThresholdResult]:
+        """Compare every threshold that is set and has a figure; a figure that is not a number fails."""
+        results = []
+        for item in fields(self):
+            limit, value = getattr(self, item.name), figures.get(item.name)
+            if limit is not None and value is not None:
+                passed = value >= limit if item.name in _LOWER_BOUNDS else value <= limit
+                results.append(ThresholdResult(item.name, float(limit), value, passed))
+        return results
+
+
 def compare_logits(reference: Array, candidate: Array) -> Comparison:
     """Compare logits [..., vocab] with candidate logits of the same shape."""
     _check_shapes(reference, candidate)
@@ -83,6 +138,14 @@ def max_abs_error(reference: Array, candidate: Array) -> float:
 def sqnr_db(reference: Array, candidate: Array) -> float:
     """Return 10 log10(sum r^2 / sum (r - c)^2), within plus and minus `EQUAL_DB`."""
     return _Moments.of(reference, candidate).sqnr_db
+
+
+def token_sqnr_db(reference: Array, candidate: Array) -> Array:
+    """Return the ratio of `sqnr_db` for every token [S] of the activations [S, D].
+
+    One attention-sink token can hold nearly all of a stream's power; a ratio over everything would see no other.
+    """
+    return np.array([sqnr_db(r, c) for r, c in zip(reference, candidate, strict=True)])
 
 
 def cosine(reference: Array, candidate: Array) -> float:

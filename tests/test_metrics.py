@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rotexport import metrics
-from rotexport.metrics import EQUAL_DB, compare_logits, cosine, max_abs_error, sqnr_db
+from rotexport.errors import RecipeError
+from rotexport.metrics import (
+    EQUAL_DB,
+    Thresholds,
+    compare_logits,
+    cosine,
+    max_abs_error,
+    sqnr_db,
+    token_sqnr_db,
+)
 
 RANDOM = np.random.default_rng(0)
 REFERENCE = RANDOM.normal(0, 4, (7, 50)).astype(np.float32)
@@ -102,3 +111,44 @@ def test_an_undefined_candidate_is_not_hidden():
 def test_different_shapes_are_refused():
     with pytest.raises(ValueError, match=r"\(6, 50\)"):
         compare_logits(REFERENCE, REFERENCE[:6])
+
+
+def test_a_token_of_enormous_power_hides_nothing_per_token():
+    stream, wrong = np.ones((3, 8)), np.ones((3, 8))
+    stream[0] *= 1e4
+    wrong[0] *= 1e4
+    wrong[2] = -1
+    assert sqnr_db(stream, wrong) > 70
+    assert token_sqnr_db(stream, wrong) == pytest.approx([EQUAL_DB, EQUAL_DB, -6.02], abs=0.01)
+
+
+def test_thresholds_are_upper_or_lower_bounds():
+    figures = {"kl": 0.2, "top1_agreement": 0.9, "sqnr_db": 25.0}
+    results = Thresholds(kl=0.1, top1_agreement=0.8, sqnr_db=30).check(figures)
+    assert {result.name: result.passed for result in results} == {
+        "kl": False,
+        "top1_agreement": True,
+        "sqnr_db": False,
+    }
+    assert str(results[0]) == "missed: kl is 0.2, at most 0.1 was asked"
+    assert str(results[1]) == "top1_agreement is 0.9, at least 0.8 was asked"
+
+
+def test_what_is_not_asked_or_not_measured_is_not_judged():
+    assert Thresholds().check({"kl": 5.0}) == []
+    assert Thresholds(perplexity_ratio=1.1).check({"kl": 5.0}) == []
+
+
+def test_a_limit_that_is_met_exactly_passes_and_nan_does_not():
+    limits = Thresholds(kl=0.1, top1_agreement=1.0)
+    assert [result.passed for result in limits.check({"kl": 0.1, "top1_agreement": 1.0})] == [True, True]
+    assert [result.passed for result in limits.check({"kl": np.nan, "top1_agreement": np.nan})] == [
+        False,
+        False,
+    ]
+
+
+@pytest.mark.parametrize("limit", ["0.1", True, [1]])
+def test_a_limit_that_is_no_number_is_refused(limit):
+    with pytest.raises(RecipeError, match=r"thresholds\.kl"):
+        Thresholds(kl=limit)
