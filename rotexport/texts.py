@@ -1,0 +1,94 @@
+"""Text for calibration and evaluation, and the token windows cut from it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerBase
+
+from rotexport.errors import RotexportError
+
+Windows: TypeAlias = npt.NDArray[np.int64]
+
+_SENTENCES = re.compile(r"[A-Z].*[.:!?]", re.DOTALL)
+_MARKUP = re.compile(r"\*\*|``|(?<!\w)\*|\*(?!\w)")
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 text file.
+
+    Raises:
+        RotexportError: there is no such file, it is empty, or it is not UTF-8.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RotexportError(
+            f"text file {path} is not UTF-8 ({error.reason} at byte {error.start})"
+        ) from error
+    except OSError as error:
+        raise RotexportError(f"text file {path} cannot be read: {error.strerror}") from error
+    if not text.strip():
+        raise RotexportError(f"text file {path} is empty; give some kilobytes of text")
+    return text
+
+
+def default_text() -> str:
+    """Return English prose that every Python installation has: the paragraphs of its language reference.
+
+    Grammar, tables, headings and examples are left out. About a quarter of a megabyte; it varies a little with
+    the Python version, so figures to be compared should be measured on a named text instead.
+    """
+    from pydoc_data.topics import topics
+
+    paragraphs = []
+    for name in sorted(topics):
+        for block in re.split(r"\n\s*\n", topics[name]):
+            prose = " ".join(_MARKUP.sub("", block).split())
+            if _is_prose(prose):
+                paragraphs.append(prose)
+    return "\n\n".join(dict.fromkeys(paragraphs))
+
+
+def _is_prose(paragraph: str) -> bool:
+    code = any(mark in paragraph for mark in ("::=", ">>>", "+---", "|  |", " = "))
+    return not code and len(paragraph.split()) >= 8 and bool(_SENTENCES.fullmatch(paragraph))
+
+
+def token_windows(
+    tokenizer: PreTrainedTokenizerBase, text: str, length: int, count: int | None = None
+) -> Windows:
+    """Cut the tokens of `text` into consecutive windows.
+
+    The whole text is tokenized once, with the special tokens that the tokenizer itself adds.
+
+    Args:
+        tokenizer: the model's.
+        text: the text.
+        length: tokens per window.
+        count: how many windows; None for as many as are full.
+
+    Returns:
+        Token ids [windows, length].
+
+    Raises:
+        RotexportError: the text is too short.
+    """
+    ids = np.asarray(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
+    wanted = 1 if count is None else count
+    if ids.size < wanted * length:
+        raise RotexportError(
+            f"the text has {ids.size} tokens, but {wanted} x {length} = {wanted * length} are needed; "
+            "give a longer text, or fewer or shorter windows"
+        )
+    windows = ids.size // length if count is None else count
+    return ids[: windows * length].reshape(windows, length)
+
+
+def random_windows(vocabulary: int, length: int, count: int, seed: int = 0) -> Windows:
+    """Return uniformly random token ids [count, length], for models without a tokenizer."""
+    return np.random.default_rng(seed).integers(0, vocabulary, (count, length), dtype=np.int64)
