@@ -143,7 +143,7 @@ def sqnr_db(reference: Array, candidate: Array) -> float:
 def token_sqnr_db(reference: Array, candidate: Array) -> Array:
     """Return the ratio of `sqnr_db` for every token [S] of the activations [S, D].
 
-    One attention-sink token can hold nearly all of a stream's power; a ratio over everything would see no other.
+    An attention-sink token can hold nearly all power of a stream: one ratio would see nothing else.
     """
     return np.array([sqnr_db(r, c) for r, c in zip(reference, candidate, strict=True)])
 

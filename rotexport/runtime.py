@@ -165,6 +165,12 @@ def next_past(presents: Mapping[str, Array]) -> dict[str, Array]:
     return {name.replace("present.", "past_key_values.", 1): value for name, value in presents.items()}
 
 
+def tensors_among(path: Path, names: Sequence[str]) -> list[str]:
+    """Return those of `names` that are tensors a node of the model at `path` computes."""
+    computed = _computed(_read(path))
+    return [name for name in names if name in computed]
+
+
 def weight_bytes(path: Path) -> int:
     """Return the size of a model file and of the external data that it refers to."""
     locations = {
@@ -222,15 +228,19 @@ def _read(path: Path) -> onnx.ModelProto:
 
 def _with_outputs(path: Path, names: Sequence[str]) -> bytes:
     model = _read(path)
-    produced = {output for node in model.graph.node for output in node.output}
+    computed = _computed(model)
     present = {output.name for output in model.graph.output}
     for name in names:
-        if name not in produced:
+        if name not in computed:
             raise ValidationError(f"'{path}' has no tensor '{name}' to observe")
         if name not in present:
             model.graph.output.append(onnx.ValueInfoProto(name=name))
     serialized: bytes = model.SerializeToString()
     return serialized
+
+
+def _computed(model: onnx.ModelProto) -> set[str]:
+    return {output for node in model.graph.node for output in node.output}
 
 
 def _port(node: Any) -> Port:
