@@ -56,7 +56,7 @@ class Rotation:
         return self.kind != "none"
 
     def transform(self, size: int) -> Transform:
-        """Return the transform for an axis of `size`: the largest block that has a Hadamard when none was asked.
+        """Return the transform for an axis of `size`: without a block, the largest Hadamard that divides.
 
         Raises:
             TransformError: the asked block does not divide the axis, or has no Hadamard matrix.
@@ -81,10 +81,13 @@ class Rotations:
         for name in ONLINE_ROTATIONS:
             if getattr(self, name).kind == "orthogonal":
                 raise RecipeError(
-                    f"rotations.{name}: 'orthogonal' is dense and cannot run online; use 'hadamard' or 'random-hadamard'"
+                    f"rotations.{name}: 'orthogonal' is dense and cannot run online; "
+                    "use 'hadamard' or 'random-hadamard'"
                 )
         if self.o_heads.kind == "random-hadamard" or self.o_heads.block is not None:
-            raise RecipeError("rotations.o_heads mixes all heads by a plain Hadamard; use kind: hadamard without a block")
+            raise RecipeError(
+                "rotations.o_heads mixes all heads by a plain Hadamard; use kind: hadamard without a block"
+            )
 
     @property
     def enabled(self) -> bool:
@@ -113,9 +116,9 @@ class Recipe:
     description: str = ""
     dtype: str = "fp16"
     rotations: Rotations = Rotations()
-    weights: WeightScheme = WeightScheme()
-    activations: ActivationScheme = ActivationScheme()
-    kv_cache: CacheScheme = CacheScheme()
+    weights: WeightScheme = field(default_factory=WeightScheme)
+    activations: ActivationScheme = field(default_factory=ActivationScheme)
+    kv_cache: CacheScheme = field(default_factory=CacheScheme)
     overrides: tuple[Override, ...] = ()
     thresholds: Thresholds = field(default_factory=Thresholds)
 
@@ -124,11 +127,12 @@ class Recipe:
             raise RecipeError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.activations.enabled and not self.weights.enabled:
             raise RecipeError(
-                f"activations.format: {self.activations.format} needs quantized weights; set weights.format too"
+                f"activations.format: {self.activations.format} needs quantized weights; "
+                "set weights.format too"
             )
 
     def schemes(self, site: str) -> tuple[WeightScheme, ActivationScheme]:
-        """Return what to do with one linear: the last matching override wins; the head stays float without one."""
+        """Return what to do with one linear: the last matching override wins; else the head stays float."""
         weights, activations = self.weights, self.activations
         if site == "head":
             weights, activations = WeightScheme(), ActivationScheme()
@@ -155,7 +159,9 @@ class Recipe:
 def preset_names() -> list[str]:
     """Return the names of the recipes that ship with the package."""
     folder = resources.files("rotexport.recipes")
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
 
 
 def load_recipe(name_or_path: str, settings: Iterable[str] = ()) -> Recipe:
@@ -203,11 +209,16 @@ def _read(name_or_path: str) -> dict[str, Any]:
             near = get_close_matches(name_or_path, names, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"known recipes: {', '.join(names)}"
             raise RecipeError(f"no recipe is called '{name_or_path}'; {hint}")
-        text, default_name = (resources.files("rotexport.recipes") / f"{name_or_path}.yaml").read_text(), name_or_path
+        text, default_name = (
+            (resources.files("rotexport.recipes") / f"{name_or_path}.yaml").read_text(),
+            name_or_path,
+        )
     try:
         mapping = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise RecipeError(f"recipe '{name_or_path}' is not valid YAML: {' '.join(str(error).split())}") from error
+        raise RecipeError(
+            f"recipe '{name_or_path}' is not valid YAML: {' '.join(str(error).split())}"
+        ) from error
     if not isinstance(mapping, dict):
         raise RecipeError(f"recipe '{name_or_path}' is not a mapping of sections")
     parent = mapping.pop("extends", None)
@@ -246,8 +257,8 @@ def _rotations(value: Any) -> Rotations:
     _check_keys(value, Rotations, "rotations.")
     made = {}
     for name, spec in value.items():
-        spec = {"kind": spec} if isinstance(spec, str) else spec
-        made[name] = _section(spec, Rotation, f"rotations.{name}")
+        section = {"kind": spec} if isinstance(spec, str) else spec
+        made[name] = _section(section, Rotation, f"rotations.{name}")
     return Rotations(**made)
 
 
@@ -272,13 +283,14 @@ def _build(cls: type[T], values: Mapping[str, Any], name: str) -> T:
     try:
         return cls(**values)
     except RecipeError as error:
-        raise RecipeError(str(error) if name.split(".")[0] in str(error) else f"{name}: {error}") from error
+        section = name.split(".", maxsplit=1)[0]
+        raise RecipeError(str(error) if section in str(error) else f"{name}: {error}") from error
 
 
 def _check_keys(value: Any, cls: type, prefix: str) -> None:
     if not isinstance(value, Mapping):
         raise RecipeError(f"{prefix.rstrip('.') or 'recipe'}: expected a mapping of keys, got {value!r}")
-    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    known = [f.name for f in fields(cls)]
     for key in value:
         if key not in known:
             near = get_close_matches(str(key), known, n=1)

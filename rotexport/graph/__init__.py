@@ -1,0 +1,1 @@
+"""Graphs: what passes edit, analyse and write."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -23,7 +23,7 @@ from rotexport.graph.edit import producer
 from rotexport.graph.sites import is_linear, static_size
 from rotexport.graph.weights import weight_of
 
-Tensor = gs.Variable | gs.Constant
+Tensor: TypeAlias = "gs.Variable | gs.Constant"
 
 
 class Atom(NamedTuple):
@@ -106,7 +106,11 @@ def analyse(graph: gs.Graph) -> Bases:
         if not tensor.name.startswith("present."):
             solver.pin(tensor, None, False, "graph output")
     for tensor in graph.inputs:
-        if not tensor.name.startswith("past_key_values.") and tensor.dtype is not None and _is_float_type(tensor):
+        if (
+            not tensor.name.startswith("past_key_values.")
+            and tensor.dtype is not None
+            and _is_float_type(tensor)
+        ):
             solver.pin(tensor, None, True, "graph input")
     return solver.solve()
 
@@ -179,7 +183,12 @@ def _atom(tensor: Tensor, axis: int) -> Atom:
 
 
 def _is_float_type(tensor: Tensor) -> bool:
-    return tensor.dtype is not None and np.dtype(tensor.dtype).name in ("float32", "float16", "bfloat16", "float64")
+    return tensor.dtype is not None and np.dtype(tensor.dtype).name in (
+        "float32",
+        "float16",
+        "bfloat16",
+        "float64",
+    )
 
 
 def _is_float(node: gs.Node) -> bool:
@@ -214,7 +223,10 @@ def _gather(solver: _Solver, node: gs.Node) -> None:
     table = node.inputs[0]
     if isinstance(table, gs.Constant) and len(table.shape) == 2 and node.attrs.get("axis", 0) == 0:
         solver.absorb(solver.add(node.outputs[0]), Absorber(node, 0, 1, consumes=False))
-    elif isinstance(table, gs.Variable) and node.attrs.get("axis", 0) % len(table.shape) != len(table.shape) - 1:
+    elif (
+        isinstance(table, gs.Variable)
+        and node.attrs.get("axis", 0) % len(table.shape) != len(table.shape) - 1
+    ):
         _carry(solver, node)
     else:
         _pin_all(solver, node)

@@ -55,7 +55,7 @@ class WeightFile:
         try:
             with self.path.open("ab") as file:
                 self._append(file, b"\0" * padding)
-                self._append(file, memoryview(data))
+                self._append(file, data.data)
         except OSError as error:
             raise OutputError(
                 f"cannot write {data.nbytes} bytes to '{self.path}': {error.strerror}; "
@@ -97,14 +97,16 @@ def save_model(graph: gs.Graph, path: Path, weights: WeightFile) -> None:
 
 
 def to_proto(graph: gs.Graph) -> onnx.ModelProto:
-    """Export a graph whose lazy constants have been placed, with the bodies of the custom operators it uses."""
+    """Export a graph whose lazy constants have been placed, with the custom operators' bodies."""
     model = gs.export_onnx(graph, do_type_check=False)
     model.ir_version = IR_VERSION
     functions = functions_used(graph)
     model.functions.extend(functions)
     domains = {"": OPSET} | {function.domain: 1 for function in functions}
     del model.opset_import[:]
-    model.opset_import.extend(onnx.helper.make_opsetid(domain, version) for domain, version in domains.items())
+    model.opset_import.extend(
+        onnx.helper.make_opsetid(domain, version) for domain, version in domains.items()
+    )
     model.producer_name = "rotexport"
     return model
 

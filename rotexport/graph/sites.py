@@ -15,7 +15,9 @@ import onnx_graphsurgeon as gs
 
 from rotexport.graph.edit import consumers, producer
 
-NONLINEARITIES = frozenset({"Sigmoid", "Gelu", "Relu", "Tanh", "Swish", "Silu", "Erf", "HardSwish", "Mish", "Elu"})
+NONLINEARITIES = frozenset(
+    {"Sigmoid", "Gelu", "Relu", "Tanh", "Swish", "Silu", "Erf", "HardSwish", "Mish", "Elu"}
+)
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ def linears(graph: gs.Graph) -> list[Linear]:
     """Return every linear of a topologically sorted graph with its role, in graph order."""
     depth = _attention_depth(graph)
     roles: dict[int, tuple[int | None, str]] = {}
-    for block, node in enumerate(n for n in graph.nodes if n.op == "Attention"):
-        _name_attention(node, block, roles)
+    for number, node in enumerate(n for n in graph.nodes if n.op == "Attention"):
+        _name_attention(node, number, roles)
     logits = {id(tensor) for tensor in graph.outputs if tensor.name == "logits"}
     for node in filter(is_linear, graph.nodes):
         if id(node) not in roles:
@@ -105,7 +107,9 @@ def _name_other(
     if any(role in ("query", "key", "value", "qkv") for _, role in siblings):
         block = siblings[0][0]  # a parallel block: attention and MLP read one norm
     upstream = _nearest(node.inputs[0], lambda t: [] if producer(t) is None else [producer(t)], _inputs)
-    parallel = [roles[id(n)][0] for n in upstream if id(n) in roles and roles[id(n)][1] in ("gate", "up", "fc")]
+    parallel = [
+        roles[id(n)][0] for n in upstream if id(n) in roles and roles[id(n)][1] in ("gate", "up", "fc")
+    ]
     if parallel:
         block = parallel[0]
     if block is not None and block < 0:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from rotexport.errors import GraphError
 from rotexport.transforms.transform import Transform
@@ -257,8 +258,8 @@ class Affine(Derived):
     """`factor * weight + offset` with scalars: Gemma's 1 + gamma, attention scales folded into a matrix."""
 
     weight: Weight
-    factor: float
-    offset: float
+    factor: float = 1.0
+    offset: float = 0.0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -294,7 +295,8 @@ class Folded(Derived):
     def __post_init__(self) -> None:
         if self.weight.shape[self.axis] != self.transform.size:
             raise GraphError(
-                f"a transform of size {self.transform.size} does not fit axis {self.axis} of {self.weight.shape}"
+                f"a transform of size {self.transform.size} does not fit "
+                f"axis {self.axis} of {self.weight.shape}"
             )
 
     @property
@@ -399,7 +401,7 @@ class _Unloaded:
     name: str = field(default="")
 
 
-class LazyWeight(gs.LazyValues):  # type: ignore[misc]  # graphsurgeon ships no types
+class LazyWeight(LazyValues):  # type: ignore[misc]  # graphsurgeon ships no types
     """graphsurgeon's hook for values that stay outside the graph: the writer fills in `tensor`."""
 
     def __init__(self, weight: Weight) -> None:

@@ -27,7 +27,10 @@ class Where(Enum):
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one transform went: `rotation` is r1, r2, r3, r4 or o_heads; `site` is `block.role` or `residual`."""
+    """Where one transform went.
+
+    `rotation` is r1, r2, r3, r4 or o_heads; `site` is `block.role` or `residual`.
+    """
 
     rotation: str
     site: str

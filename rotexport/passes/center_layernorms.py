@@ -1,7 +1,7 @@
-"""Turns LayerNormalization into RMSNormalization by moving the mean subtraction into the residual's producers.
+"""Turns LayerNormalization into RMSNormalization: the mean subtraction moves into the stream's producers.
 
 Preserves the function within rounding: when every vector that is added to the residual stream has zero mean
-over features, so has their sum, and LayerNorm(x) = RMSNorm(x) * scale + bias (QuaRot, section 4, after SliceGPT).
+over features, so has their sum, and LayerNorm(x) = RMSNorm(x) * scale + bias (QuaRot, section 4).
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class CenterLayerNorms(Pass):
         graph.nodes.remove(node)
         graph.nodes.insert(
             position,
-            gs.Node("RMSNormalization", node.name, {"axis": -1, "epsilon": epsilon}, [source, scale], [normed]),
+            gs.Node(
+                "RMSNormalization", node.name, {"axis": -1, "epsilon": epsilon}, [source, scale], [normed]
+            ),
         )
         if bias is not None:
             shift = gs.Node("Add", unused_name(graph, f"{node.name}.bias"), {}, [normed, bias], [target])

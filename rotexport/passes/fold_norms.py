@@ -82,7 +82,9 @@ def _bias(graph: gs.Graph, linear: gs.Node) -> gs.Node | None:
     if len(readers) != 1 or readers[0].op != "Add" or linear.outputs[0] is not readers[0].inputs[0]:
         return None
     vector = readers[0].inputs[1]
-    return readers[0] if isinstance(vector, gs.Constant) and vector.shape == linear.inputs[1].shape[1:] else None
+    return (
+        readers[0] if isinstance(vector, gs.Constant) and vector.shape == linear.inputs[1].shape[1:] else None
+    )
 
 
 def _append_bias(graph: gs.Graph, linear: gs.Node, bias: gs.Constant) -> None:

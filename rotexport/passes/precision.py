@@ -74,7 +74,9 @@ class SetPrecision(Pass):
 
     def _narrow_constant(self, tensor: gs.Constant, casts: dict[int, gs.Variable]) -> gs.Constant:
         if id(tensor) not in casts:
-            casts[id(tensor)] = constant(f"{tensor.name}.{self.dtype.name}", Cast(weight_of(tensor), self.dtype))
+            casts[id(tensor)] = constant(
+                f"{tensor.name}.{self.dtype.name}", Cast(weight_of(tensor), self.dtype)
+            )
         return casts[id(tensor)]
 
     def _widen(self, graph: gs.Graph, logits: gs.Variable) -> None:
@@ -83,7 +85,9 @@ class SetPrecision(Pass):
         narrow = gs.Variable(unused_name(graph, f"logits.{self.dtype.name}"), self.dtype, logits.shape)
         node.outputs[node.outputs.index(logits)] = narrow
         logits.dtype = FLOAT32
-        cast = gs.Node("Cast", unused_name(graph, "logits.cast"), {"to": onnx.TensorProto.FLOAT}, [narrow], [logits])
+        cast = gs.Node(
+            "Cast", unused_name(graph, "logits.cast"), {"to": onnx.TensorProto.FLOAT}, [narrow], [logits]
+        )
         graph.nodes.append(cast)
 
 

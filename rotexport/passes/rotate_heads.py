@@ -1,8 +1,8 @@
 """R2 and R3: rotate values and outputs, or queries and keys, by one orthogonal map per head.
 
-Preserves the function within rounding: attention mixes tokens, not features, so softmax(q k') (v T) = (...) T,
-and (q T)(k T)' = q k' (SpinQuant's R2 and R3). Rotated keys and values are what the cache holds. A rotation
-that a rotary embedding keeps from being folded goes online behind it.
+Preserves the function within rounding: attention mixes tokens, not features, so softmax(q k') (v T) =
+(softmax(q k') v) T, and (q T)(k T)' = q k' (SpinQuant's R2 and R3). Rotated keys and values are what the
+cache holds. A rotation that a rotary embedding keeps from being folded goes online behind it.
 """
 
 from __future__ import annotations

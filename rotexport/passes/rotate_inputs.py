@@ -32,7 +32,9 @@ class RotateDownInputs(Pass):
         for linear in linears(graph):
             if linear.role == "down":
                 transform = self.rotation.transform(linear.weight.shape[0])
-                _rotate_input(graph, linear, transform, report, "r4", "a product or nonlinearity pins its input")
+                _rotate_input(
+                    graph, linear, transform, report, "r4", "a product or nonlinearity pins its input"
+                )
         return report
 
 
@@ -52,7 +54,11 @@ class MixHeads(Pass):
             if linear.role == "output" and linear.block is not None:
                 width = linear.weight.shape[0]
                 transform, reason = _head_transform(width, head_sizes[linear.block])
-                _rotate_input(graph, linear, transform, report, "o_heads", reason)
+                _rotate_input(graph, linear, transform)
+                report.changed += 1
+                report.placements.append(
+                    Placement("o_heads", linear.name, Where.ONLINE, transform.describe(), reason)
+                )
         return report
 
 
@@ -65,11 +71,8 @@ def _head_transform(width: int, head_size: int) -> tuple[Transform, str]:
         return Rotation(kind="hadamard").transform(width), reason
 
 
-def _rotate_input(
-    graph: gs.Graph, linear: Linear, transform: Transform, report: PassReport, rotation: str, reason: str
-) -> None:
+def _rotate_input(graph: gs.Graph, linear: Linear, transform: Transform) -> None:
+    """Put T in front of a linear and T^-1 into its weight."""
     weight = own_constant(linear.node, 1)
     set_weight(weight, Folded(weight_of(weight), transform.contragredient(), axis=0))
     insert_online(graph, linear.input, transform, [linear.node])
-    report.changed += 1
-    report.placements.append(Placement(rotation, linear.name, Where.ONLINE, transform.describe(), reason))

@@ -29,7 +29,9 @@ class RotateResidual(Pass):
         stream = residual(analyse(graph))
         if stream is None:
             return _refused("the graph has no sum of activations")
-        obstacle = next((p for p in stream.pins if not p.writes or p.node is None or p.node.op not in NORMS), None)
+        obstacle = next(
+            (p for p in stream.pins if not p.writes or p.node is None or p.node.op not in NORMS), None
+        )
         if obstacle is not None:
             return _refused(f"pinned at {obstacle}")
         transform = self.rotation.transform(stream.size)

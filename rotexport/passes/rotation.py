@@ -23,7 +23,9 @@ def change_basis(graph: gs.Graph, component: Component, transform: Transform) ->
 
     """
     if component.orthogonal_only and not transform.orthogonal:
-        raise GraphError("a component that passes through a norm or a query-key product takes orthogonal maps only")
+        raise GraphError(
+            "a component that passes through a norm or a query-key product takes orthogonal maps only"
+        )
     outside = next((pin for pin in component.pins if pin.node is None), None)
     if outside is not None:
         raise GraphError(f"the basis of {outside} is fixed by the graph's interface")

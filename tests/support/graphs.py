@@ -17,11 +17,16 @@ from rotexport.graph.io import WeightFile, save_model
 def parse(text: str) -> gs.Graph:
     """Read a model in ONNX text into the passes' IR, with shapes inferred.
 
-    An initializer written as `float[2,3] W` without a value is filled with random numbers (seeded by its name).
+    The text format has no dots followed by digits in names: write `block__0__input` for `block.0.input`.
     """
-    model = onnx.parser.parse_model(_HEADER + text if not text.lstrip().startswith("<") else text)
+    model = onnx.parser.parse_model(_HEADER + text)
     model = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    return gs.import_onnx(model)
+    graph = gs.import_onnx(model)
+    for tensor in graph.tensors().values():
+        tensor.name = tensor.name.replace("__", ".")
+    for node in graph.nodes:
+        node.name = node.name or node.outputs[0].name.replace(".", "_")
+    return graph
 
 
 def fill(graph: gs.Graph, seed: int = 0) -> gs.Graph:
