@@ -1,0 +1,149 @@
+"""Weights become codes and scales, dequantized in front of their MatMul.
+
+    MatMul(x, W)  ->  MatMul(x, DequantizeLinear(codes, scales))
+
+Which chain stands for W follows from what multiplies it (`WeightForm`); each is one that ONNX Runtime and
+TensorRT-RTX both run right, the latter as a low-precision kernel:
+
+    plain       DQ(codes [K, N], scales [N], axis 1), or blocks: scales [K / g, N], axis 0
+    two-level   DQ(Q(Clip(DQ(codes [K, N], factors [K / g, N], axis 0)), 1), scales [N], axis 1)
+    grouped     Reshape(DQ(codes [K / g, g, N], scales, axis 1), [K, N]); `quantize_activations` turns it
+                into one integer product per group
+
+The Clip of the two-level form never acts; TensorRT-RTX 1.7 crashes without it. Where activations are
+quantized too, scales stay in float32 whatever the graph's float type: an int8 product scaled in fp16 would
+overflow. The Cast that the float activation needs until then goes with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from rotexport.errors import GraphError
+from rotexport.graph.weights import Cast, Weight, weight_of
+from rotexport.passes.base import Pass, PassReport, Preserves
+from rotexport.quant.emit import FLOAT, Emitter, float_type, insert
+from rotexport.quant.formats import ACTIVATION_FORMATS, weight_format
+from rotexport.quant.lazy import Memo, Part, Quantization, QuantizedPart
+from rotexport.quant.plan import SitePlan, WeightForm, planned_nodes
+from rotexport.quant.scales import ScaledRounding, WeightQuantizer
+
+
+class QuantizeWeights(Pass):
+    """Quantize the weights of the planned sites; nothing is read until the graph is written."""
+
+    name = "quantize-weights"
+    preserves = Preserves.QUANTIZATION
+
+    def __init__(self, plan: Sequence[SitePlan]) -> None:
+        self._plan = [site for site in plan if site.weights.enabled]
+
+    def run(self, graph: gs.Graph) -> PassReport:
+        """Rewrite every planned MatMul.
+
+        Raises:
+            GraphError: a planned MatMul is missing, or its weight is not a constant matrix.
+
+        """
+        nodes = planned_nodes(graph, self._plan)
+        for site in self._plan:
+            weight = nodes[site.site].inputs[1]
+            if not isinstance(weight, gs.Constant) or tuple(weight.shape[:-1]) != (site.inputs,):
+                wanted = f"a constant weight [{site.inputs}, N]"
+                raise GraphError(f"site {site.site}: node '{site.node}' does not have {wanted}")
+        memo = Memo()
+        before: dict[int, list[gs.Node]] = {}
+        for site in self._plan:
+            node = nodes[site.site]
+            emitter = Emitter(f"{site.site}.weight")
+            quantization = Quantization(_exact(weight_of(node.inputs[1])), quantizer_of(site), memo)
+            weight = _Weight(emitter, quantization, site, float_type(node.inputs[0]))
+            node.inputs[1] = emitter.cast("narrowed", weight.dequantized(), weight.activation_type)
+            before[id(node)] = emitter.nodes
+        insert(graph, before, {})
+        return PassReport(len(self._plan))
+
+
+def quantizer_of(site: SitePlan) -> WeightQuantizer:
+    """Return the quantizer that a site's weight scheme asks for."""
+    return ScaledRounding(
+        weight_format(site.weights.format),
+        site.weight_group,
+        search=site.weights.method == "search",
+        two_level=site.form is WeightForm.TWO_LEVEL,
+    )
+
+
+def _exact(weight: Weight) -> Weight:
+    """Return the weight before it was narrowed: codes are rounded once."""
+    return weight.weight if isinstance(weight, Cast) else weight
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """The nodes that stand for one quantized weight in front of an activation of `activation_type`."""
+
+    emitter: Emitter
+    quantization: Quantization
+    site: SitePlan
+    activation_type: np.dtype[Any]
+
+    def dequantized(self) -> gs.Variable:
+        inputs, outputs = self.quantization.source.shape
+        groups, group = self.quantization.groups, self.site.weight_group
+        if self.site.form is WeightForm.GROUPED:
+            return self._grouped(inputs // self.site.product_group, self.site.product_group, outputs)
+        codes = self._part(Part.CODES, inputs, outputs)
+        if self.site.form is WeightForm.TWO_LEVEL:
+            factors = self._part(Part.FACTORS, groups, outputs)
+            products = self.emitter.dequantize("products", codes, factors, axis=0, block_size=group)
+            return self._dequantize(
+                requantized(self.emitter, products), self._part(Part.SCALES, outputs), axis=1
+            )
+        if groups == 1:
+            return self._dequantize(codes, self._part(Part.SCALES, outputs), axis=1)
+        return self._dequantize(codes, self._part(Part.SCALES, groups, outputs), axis=0, block_size=group)
+
+    def _grouped(self, count: int, length: int, outputs: int) -> gs.Variable:
+        codes = self._part(Part.CODES, count, length, outputs)
+        if self.quantization.groups == 1:
+            values = self._dequantize(codes, self._part(Part.SCALES, outputs), axis=2)
+        else:
+            scales = self._part(Part.SCALES, count, 1, outputs)
+            values = self._dequantize(codes, scales, axis=1, block_size=length)
+        matrix = [count * length, outputs]
+        return self.emitter.emit(
+            "Reshape", "matrix", [values, self.emitter.integers("shape", matrix)], matrix
+        )
+
+    def _dequantize(
+        self, codes: gs.Variable | gs.Constant, scales: gs.Constant, **attributes: int
+    ) -> gs.Variable:
+        dtype = self.activation_type if narrow_product(self.site) else None
+        return self.emitter.dequantize("dequantized", codes, scales, dtype, **attributes)
+
+    def _part(self, part: Part, *shape: int) -> gs.Constant:
+        weight: Weight = QuantizedPart(self.quantization, part, shape)
+        if part is Part.SCALES and not self.site.activations.enabled and self.activation_type != FLOAT:
+            weight = Cast(weight, self.activation_type)
+        return self.emitter.lazy(part.value, weight)
+
+
+def narrow_product(site: SitePlan) -> bool:
+    """Whether quantized operands are multiplied in the graph's own float type, as static fp8 is.
+
+    Its operands carry their scales, so the product cannot overflow; ONNX Runtime refuses it in float32.
+    """
+    return site.activations.format == "fp8" and site.activations.mode == "static"
+
+
+def requantized(emitter: Emitter, integers: gs.Variable) -> gs.Variable:
+    """Return float integers of at most 127 as int8 codes of scale one."""
+    bounds = [emitter.number("lowest", -127), emitter.number("highest", 127)]
+    clipped = emitter.emit("Clip", "clipped", [integers, *bounds], integers.shape)
+    return emitter.quantize("integers", clipped, emitter.number("one", 1), ACTIVATION_FORMATS["int8"])

@@ -1,0 +1,1 @@
+"""Quantization: number formats, scales, calibration, and what each linear site gets."""

@@ -1,0 +1,154 @@
+"""Scales of weights: round to nearest, and the search for the scale of least squared error.
+
+A weight W [K, N] is quantized per output channel and group of input channels. With codes q and a scale s
+shared by the elements w of one group, the squared error is least at s = <w, q> / <q, q>, where it is
+|w|^2 - <w, q>^2 / <q, q>. The search therefore tries codes from a grid of clipped ranges, as QuaRot does
+(arXiv 2404.00456, section 5), but scores each with its own best scale, so a coarse grid suffices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import numpy as np
+
+from rotexport.graph.weights import Array
+from rotexport.quant.formats import INT4, NumberFormat
+
+CHUNK_ELEMENTS: Final = 1 << 17  # of one column chunk: its few temporaries stay in a core's cache
+# (smallest clipped range, number of ranges) to try: more levels gain less from clipping.
+SEARCH_GRID: Final = {"int4": (0.5, 12), "int8": (0.8, 6), "fp8": (0.85, 4)}
+LARGEST_FACTOR: Final = 15  # times code -8 is -120: inside int8
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """W[k, n] ~ codes[k, n] * scales[k // group, n], or codes * factors[k // group, n] * scales[0, n].
+
+    `codes` [K, N] are in their storage type, `scales` [K / group, N] float32. In a two-level result `scales`
+    is [1, N] and `factors` [K / group, N] holds integers, as float32.
+    """
+
+    codes: Array
+    scales: Array
+    factors: Array | None = None
+
+    def dequantize(self) -> Array:
+        """Return the float32 matrix [K, N] that the codes stand for."""
+        scales = self.scales if self.factors is None else self.scales * self.factors
+        group = len(self.codes) // len(scales)
+        result: Array = self.codes.astype(np.float32) * np.repeat(scales, group, axis=0)
+        return result
+
+
+class WeightQuantizer(Protocol):
+    """Turns a float matrix [K, N] into codes and scales; compared by value, so a frozen dataclass.
+
+    A quantizer that needs more than the weight (the inputs' second moments, for GPTQ) holds it.
+    """
+
+    @property
+    def format(self) -> NumberFormat:
+        """Format of the codes."""
+
+    @property
+    def group(self) -> int:
+        """Input channels that share a scale; divides K."""
+
+    def quantize(self, weight: Array) -> QuantizedTensor:
+        """Quantize a float32 or float64 matrix [K, N]."""
+
+
+@dataclass(frozen=True)
+class ScaledRounding:
+    """Round to nearest; the scale of a group comes from its largest magnitude, or from a search.
+
+    With `two_level` the scale of group g and output channel n is t[g, n] * s[n] with an integer factor t of
+    at most 15, so that |code * t| <= 127: a product with integer activations needs one integer
+    accumulation, whatever the number of groups.
+    """
+
+    format: NumberFormat
+    group: int
+    search: bool
+    two_level: bool = False
+
+    def quantize(self, weight: Array) -> QuantizedTensor:
+        """Quantize a float matrix [K, N]."""
+        inputs, outputs = weight.shape
+        group_count = inputs // self.group
+        codes = np.empty((inputs, outputs), np.int8 if self.format.storage == INT4 else self.format.storage)
+        scales = np.empty((1 if self.two_level else group_count, outputs), np.float32)
+        factors = np.empty((group_count, outputs), np.float32) if self.two_level else None
+        for columns, groups in _chunks(weight, self.group):
+            scale = self._scale(groups)
+            if factors is not None:
+                factor = _integer_factors(scale)
+                channel = _channel_scale(groups, scale, factor, self.format)
+                scale = channel * factor
+                factors[:, columns], scales[:, columns] = factor.T, channel.T
+            else:
+                scales[:, columns] = scale.T
+            rounded = self.format.round(groups / scale[..., None])
+            codes[:, columns] = rounded.reshape(len(rounded), inputs).T
+        return QuantizedTensor(codes.astype(self.format.storage, copy=False), scales, factors)
+
+    def _scale(self, groups: Array) -> Array:
+        scale = _searched_scale(groups, self.format) if self.search else max_scale(groups, self.format)
+        return scale.astype(np.float32)  # codes are made with the scale that is stored, not a finer one
+
+
+def max_scale(groups: Array, number_format: NumberFormat) -> Array:
+    """Return the scales [...] that map the largest magnitude of groups [..., g] onto the highest code."""
+    largest = np.abs(groups).max(axis=-1)
+    scale: Array = largest / np.asarray(number_format.highest, groups.dtype)
+    # Zero, or so small that the division underflowed: every code is zero, whatever the scale.
+    return np.where(scale > np.finfo(np.float32).tiny, scale, np.ones_like(scale))
+
+
+def _searched_scale(groups: Array, number_format: NumberFormat) -> Array:
+    widest = max_scale(groups, number_format)
+    best_gain = np.zeros_like(widest)
+    best = widest
+    for clip in np.linspace(1.0, *SEARCH_GRID[number_format.name], dtype=groups.dtype):
+        codes = number_format.round(groups / (widest * clip)[..., None])
+        along, power = _dot(groups, codes), _dot(codes, codes)
+        gain = along * along / np.maximum(power, 1)  # a code that is not zero has at least this power
+        better = gain > best_gain
+        best = np.where(better, along / np.maximum(power, 1), best)
+        best_gain = np.where(better, gain, best_gain)
+    return best
+
+
+def _integer_factors(scale: Array) -> Array:
+    """Return factors [n, G] of 1 to 15, the largest group of each channel taking 15."""
+    factors: Array = np.rint(scale * (LARGEST_FACTOR / scale.max(axis=-1, keepdims=True)))
+    np.maximum(factors, 1, out=factors)
+    return factors
+
+
+def _channel_scale(groups: Array, scale: Array, factors: Array, number_format: NumberFormat) -> Array:
+    """Return the scales [n, 1] of least squared error for the codes that the rounded factors give."""
+    first = scale.max(axis=-1, keepdims=True) / LARGEST_FACTOR
+    codes = number_format.round(groups / (first * factors)[..., None]) * factors[..., None]
+    along = _dot(groups, codes).sum(axis=-1, keepdims=True)
+    power = _dot(codes, codes).sum(axis=-1, keepdims=True)
+    best: Array = np.where(along > 0, along / np.maximum(power, 1), first)
+    return best.astype(np.float32)
+
+
+def _dot(left: Array, right: Array) -> Array:
+    result: Array = np.einsum("...k,...k->...", left, right)
+    return result
+
+
+def _chunks(weight: Array, group: int) -> Iterator[tuple[slice, Array]]:
+    """Yield column slices and their groups [columns, K / group, group], contiguous along K."""
+    inputs, outputs = weight.shape
+    step = max(1, CHUNK_ELEMENTS // inputs)
+    for start in range(0, outputs, step):
+        columns = slice(start, min(start + step, outputs))
+        block = np.ascontiguousarray(weight[:, columns].T)
+        yield columns, block.reshape(len(block), inputs // group, group)

@@ -1,0 +1,149 @@
+"""What a recipe asks of one site: typed, and checked when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, Literal, TypeAlias
+
+from rotexport.errors import RecipeError
+
+Group: TypeAlias = int | Literal["auto"] | None
+
+LINEAR_FORMATS: Final = ("none", "int8", "int4", "fp8")
+CACHE_FORMATS: Final = ("none", "int8", "int4")
+METHODS: Final = ("rtn", "search")
+MODES: Final = ("static", "dynamic")
+OBSERVERS: Final = ("max", "percentile", "mse")
+AUTO_GROUPS: Final = (64, 32, 16)
+DEFAULT_PERCENTILE: Final = 99.99
+
+
+@dataclass(frozen=True)
+class WeightScheme:
+    """How the matrix of a site is stored.
+
+    `group` counts input channels that share a scale; None is one scale per output channel. `method` is
+    "rtn" (scale from the largest magnitude) or "search" (scale of least squared error).
+    """
+
+    format: str = "none"
+    group: Group = None
+    symmetric: bool = True
+    method: str = "search"
+
+    def __post_init__(self) -> None:
+        _one_of("weights.format", self.format, LINEAR_FORMATS)
+        _one_of("weights.method", self.method, METHODS)
+        _check_group("weights.group", self.group)
+        if not self.symmetric:
+            raise RecipeError(
+                "weights.symmetric: false is not supported: TensorRT refuses zero points; set it to true"
+            )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is quantized."""
+        return self.format != "none"
+
+
+@dataclass(frozen=True)
+class ActivationScheme:
+    """How the input of a site is quantized.
+
+    Static scales are per tensor, from calibration, where `observer` (and `percentile`, in percent of all
+    elements) sets the range; dynamic scales are per token, or per token and `group` of channels, from
+    the values themselves. `clip` multiplies every range.
+    """
+
+    format: str = "none"
+    mode: str = "static"
+    observer: str = "max"
+    percentile: float = DEFAULT_PERCENTILE
+    clip: float = 1.0
+    group: Group = None
+
+    def __post_init__(self) -> None:
+        _one_of("activations.format", self.format, LINEAR_FORMATS)
+        _one_of("activations.mode", self.mode, MODES)
+        _one_of("activations.observer", self.observer, OBSERVERS)
+        _check_group("activations.group", self.group)
+        _check_fraction("activations.clip", self.clip)
+        if not _is_number(self.percentile) or not 50 < self.percentile <= 100:
+            raise RecipeError(f"activations.percentile: {self.percentile!r} is not above 50 and at most 100")
+        if self.mode == "static" and self.group is not None:
+            raise RecipeError(
+                f"activations.group: {self.group} needs activations.mode: dynamic; "
+                "static scales are per tensor, so set the group to null"
+            )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is quantized."""
+        return self.format != "none"
+
+
+@dataclass(frozen=True)
+class CacheScheme:
+    """How keys and values are stored between calls: asymmetric, per token, head and `group` of channels.
+
+    `group` None is the whole head; `clip` shrinks the range of every group about its middle.
+    """
+
+    key: str = "none"
+    value: str = "none"
+    group: Group = None
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        _one_of("kv_cache.key", self.key, CACHE_FORMATS)
+        _one_of("kv_cache.value", self.value, CACHE_FORMATS)
+        _check_group("kv_cache.group", self.group)
+        _check_fraction("kv_cache.clip", self.clip)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is quantized."""
+        return (self.key, self.value) != ("none", "none")
+
+
+def group_size(group: Group, length: int, key: str, where: str) -> int:
+    """Return how many of `length` channels share a scale.
+
+    "auto" is the largest of 64, 32 and 16 that divides, else all. `key` and `where` go into the error.
+
+    Raises:
+        RecipeError: the group does not divide; the message names the nearest ones that do.
+
+    """
+    if group is None:
+        return length
+    if group == "auto":
+        return next((size for size in AUTO_GROUPS if length % size == 0), length)
+    if length % group == 0:
+        return group
+    divisors = [size for size in range(1, length + 1) if length % size == 0]
+    nearest = [s for s in divisors if s < group][-1:] + [s for s in divisors if s > group][:1]
+    raise RecipeError(
+        f"{key}: {group} does not divide the {length} channels of {where}; "
+        f"use {' or '.join(map(str, nearest))}, or 'auto'"
+    )
+
+
+def _one_of(key: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise RecipeError(f"{key}: {value!r} is not one of {', '.join(choices)}")
+
+
+def _check_group(key: str, group: Any) -> None:
+    if group in (None, "auto") or (isinstance(group, int) and not isinstance(group, bool) and group > 0):
+        return
+    raise RecipeError(f"{key}: {group!r} is not a positive number of channels, 'auto' or null")
+
+
+def _check_fraction(key: str, value: Any) -> None:
+    if not _is_number(value) or not 0 < value <= 1:
+        raise RecipeError(f"{key}: {value!r} is not above 0 and at most 1")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
