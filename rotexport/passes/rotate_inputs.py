@@ -32,8 +32,11 @@ class RotateDownInputs(Pass):
         for linear in linears(graph):
             if linear.role == "down":
                 transform = self.rotation.transform(linear.weight.shape[0])
-                _rotate_input(
-                    graph, linear, transform, report, "r4", "a product or nonlinearity pins its input"
+                _rotate_input(graph, linear, transform)
+                reason = "a product or nonlinearity pins its input"
+                report.changed += 1
+                report.placements.append(
+                    Placement("r4", linear.name, Where.ONLINE, transform.describe(), reason)
                 )
         return report
 
