@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Collection
 from pathlib import Path
-from typing import IO
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -20,21 +22,42 @@ INLINE_BYTES = 1024  # smaller tensors stay in the .onnx file, where a person ca
 ALIGNMENT = 64
 
 
-class WeightFile:
-    """An append-only external data file in which equal weights share their bytes.
+class Place(NamedTuple):
+    """Where a tensor's bytes are: a file beside the model, offset and length in bytes."""
 
-    Used for the final model, and as the scratch store between passes: a graph saved after a pass adds only
-    the tensors that the pass changed.
-    """
+    file: str
+    offset: int
+    length: int
 
-    def __init__(self, path: Path, source: WeightFile | None = None) -> None:
+
+class WeightStore(ABC):
+    """Where a model's tensors go; equal weights share their bytes."""
+
+    @abstractmethod
+    def add(self, weight: Weight) -> Place:
+        """Write a weight unless its equal is there.
+
+        Raises:
+            OutputError: the disk is full, or the file cannot be written.
+
+        """
+
+    @abstractmethod
+    def find(self, weight: Weight) -> Array | None:
+        """Return the bytes of a weight that was written, memory mapped."""
+
+
+class WeightFile(WeightStore):
+    """One append-only data file. `source` is another store whose evaluated weights are copied."""
+
+    def __init__(self, path: Path, source: WeightStore | None = None) -> None:
         self.path = path
-        self._source = source  # where already evaluated weights can be copied from
-        self._places: dict[Weight, tuple[int, int]] = {}
+        self._source = source
+        self._places: dict[Weight, Place] = {}
         self._end = 0
         self._digest = hashlib.sha256()
         try:
-            path.touch()
+            path.write_bytes(b"")
         except OSError as error:
             raise OutputError(f"cannot write '{path}': {error.strerror}") from error
 
@@ -43,41 +66,71 @@ class WeightFile:
         """Hash of all bytes written so far."""
         return self._digest.hexdigest()
 
-    def add(self, weight: Weight) -> tuple[int, int]:
-        """Write a weight unless its equal is there; return its offset and length in bytes."""
+    @property
+    def weights(self) -> Collection[Weight]:
+        """What was written."""
+        return self._places.keys()
+
+    def add(self, weight: Weight) -> Place:
         place = self._places.get(weight)
         if place is not None:
             return place
-        data = self._source._peek(weight) if self._source is not None else None
+        data = self._source.find(weight) if self._source is not None else None
         if data is None:
             data = _raw(weight.read())
         padding = -self._end % ALIGNMENT
         try:
             with self.path.open("ab") as file:
-                self._append(file, b"\0" * padding)
-                self._append(file, data.data)
+                for chunk in (b"\0" * padding, data.data):
+                    file.write(chunk)
+                    self._digest.update(chunk)
         except OSError as error:
             raise OutputError(
                 f"cannot write {data.nbytes} bytes to '{self.path}': {error.strerror}; "
                 "free space there or choose another output directory"
             ) from error
-        place = (self._end + padding, data.nbytes)
-        self._end = place[0] + place[1]
+        place = Place(self.path.name, self._end + padding, data.nbytes)
+        self._end = place.offset + place.length
         self._places[weight] = place
         return place
 
-    def _append(self, file: IO[bytes], data: bytes | memoryview) -> None:
-        file.write(data)
-        self._digest.update(data)
-
-    def _peek(self, weight: Weight) -> Array | None:
+    def find(self, weight: Weight) -> Array | None:
         place = self._places.get(weight)
-        if place is None or place[1] == 0:
+        if place is None or place.length == 0:
             return None
-        return np.memmap(self.path, np.uint8, "r", place[0], (place[1],))
+        return np.memmap(self.path, np.uint8, "r", place.offset, (place.length,))
 
 
-def save_model(graph: gs.Graph, path: Path, weights: WeightFile) -> None:
+class Scratch(WeightStore):
+    """The store between passes: what a pass changed goes to a new file, and files nobody needs any more go.
+
+    A pipeline that saves its graph after every pass so writes only what changed, and holds two
+    generations of a weight at most.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._files = [WeightFile(directory / "scratch-0.data")]
+        self._count = 1
+
+    def add(self, weight: Weight) -> Place:
+        holder = next((file for file in self._files if weight in file.weights), self._files[-1])
+        return holder.add(weight)
+
+    def find(self, weight: Weight) -> Array | None:
+        return next((data for file in self._files if (data := file.find(weight)) is not None), None)
+
+    def retire(self, graph: gs.Graph) -> None:
+        """Delete the files that hold nothing of `graph`, and let the next pass begin a new one."""
+        used = {weight_of(tensor) for tensor in graph.tensors().values() if isinstance(tensor, gs.Constant)}
+        for file in [file for file in self._files if used.isdisjoint(file.weights)]:
+            file.path.unlink()
+            self._files.remove(file)
+        self._files.append(WeightFile(self.directory / f"scratch-{self._count}.data"))
+        self._count += 1
+
+
+def save_model(graph: gs.Graph, path: Path, weights: WeightStore) -> None:
     """Write `graph` to `path`, its tensors into `weights` (a file in the same directory).
 
     Raises:
@@ -111,7 +164,7 @@ def to_proto(graph: gs.Graph) -> onnx.ModelProto:
     return model
 
 
-def _place(tensor: gs.Constant, weights: WeightFile) -> None:
+def _place(tensor: gs.Constant, weights: WeightStore) -> None:
     weight = weight_of(tensor)
     if not isinstance(tensor._values, LazyWeight):
         if weight.nbytes <= INLINE_BYTES:
@@ -124,9 +177,10 @@ def _place(tensor: gs.Constant, weights: WeightFile) -> None:
     if weight.nbytes <= INLINE_BYTES:
         proto.raw_data = _raw(weight.read()).tobytes()
     else:
-        offset, length = weights.add(weight)
+        place = weights.add(weight)
         proto.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in (("location", weights.path.name), ("offset", offset), ("length", length)):
+        entries = (("location", place.file), ("offset", place.offset), ("length", place.length))
+        for key, value in entries:
             proto.external_data.add(key=key, value=str(value))
     tensor._values.tensor = proto
 
