@@ -1,0 +1,14 @@
+# The kernels on the CPU. Undefined behaviour in a kernel (an index past a register array, a shift too far) ends the
+# program with its line; what only a GPU leaves undefined is reported by the emulator itself.
+set(ROTEXPORT_SANITIZERS -fsanitize=bounds,shift,signed-integer-overflow,integer-divide-by-zero,null
+    -fno-sanitize-recover=all)
+add_compile_definitions(ROTEXPORT_EMULATOR)
+add_compile_options(-Wall -Wextra -Werror -g1)
+add_compile_options(${ROTEXPORT_SANITIZERS})
+add_link_options(${ROTEXPORT_SANITIZERS})
+
+add_library(rotexport_emulator STATIC emulator/device.cpp emulator/fiber.cpp emulator/machine.cpp emulator/memory.cpp)
+
+add_library(rotexport_planted_bugs SHARED ../tests/plugins/planted_bugs.cpp)
+target_link_libraries(rotexport_planted_bugs PRIVATE rotexport_emulator)
+set_target_properties(rotexport_planted_bugs PROPERTIES CXX_VISIBILITY_PRESET default)

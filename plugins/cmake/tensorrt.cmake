@@ -1,0 +1,16 @@
+# Finds TensorRT's headers: rotexport_tensorrt (an interface target) and ROTEXPORT_TENSORRT_MAJOR, or neither.
+find_path(ROTEXPORT_TENSORRT_INCLUDE NvInferRuntime.h
+          HINTS ${TENSORRT_ROOT} $ENV{TENSORRT_ROOT} PATH_SUFFIXES include include/x86_64-linux-gnu)
+if(TENSORRT_ROOT AND NOT ROTEXPORT_TENSORRT_INCLUDE)
+  message(FATAL_ERROR "TENSORRT_ROOT is '${TENSORRT_ROOT}', but neither it nor its include/ holds NvInferRuntime.h")
+endif()
+if(ROTEXPORT_TENSORRT_INCLUDE)
+  file(STRINGS ${ROTEXPORT_TENSORRT_INCLUDE}/NvInferVersion.h version_lines REGEX "define (TRT_MAJOR_ENTERPRISE|NV_TENSORRT_MAJOR) ")
+  string(REGEX MATCH "(MAJOR|MAJOR_ENTERPRISE) ([0-9]+)" unused "${version_lines}")
+  set(ROTEXPORT_TENSORRT_MAJOR ${CMAKE_MATCH_2})
+  if(NOT ROTEXPORT_TENSORRT_MAJOR)
+    message(FATAL_ERROR "no major version in ${ROTEXPORT_TENSORRT_INCLUDE}/NvInferVersion.h")
+  endif()
+  add_library(rotexport_tensorrt INTERFACE)
+  target_include_directories(rotexport_tensorrt SYSTEM INTERFACE ${ROTEXPORT_TENSORRT_INCLUDE})
+endif()

@@ -1,0 +1,287 @@
+#include "emulator/machine.h"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <random>
+
+namespace emulator {
+namespace {
+
+constexpr size_t kStackBytes = 512 * 1024;
+constexpr unsigned kMaxThreads = 1024;
+
+std::vector<unsigned> turns(unsigned count, std::mt19937_64* random) {
+  std::vector<unsigned> order(count);
+  std::iota(order.begin(), order.end(), 0u);
+  if (random) std::shuffle(order.begin(), order.end(), *random);
+  return order;
+}
+
+}  // namespace
+
+Machine& Machine::instance() {
+  static Machine machine;
+  return machine;
+}
+
+void* Machine::allocate(size_t bytes, const std::string& name) {
+  std::lock_guard<std::recursive_mutex> lock(mutex_);
+  recent_ = nullptr;
+  return global_.allocate(bytes, name);
+}
+
+void Machine::release(void* address) {
+  std::lock_guard<std::recursive_mutex> lock(mutex_);
+  recent_ = nullptr;
+  global_.release(address);
+}
+
+void Machine::upload(void* to, const void* from, size_t bytes) {
+  std::lock_guard<std::recursive_mutex> lock(mutex_);
+  Region& region = global_.find(to, bytes, "upload", {"host", 0});
+  const size_t offset = static_cast<char*>(to) - region.data();
+  if (offset + bytes > region.bytes()) throw Fault("upload past the end of " + region.name());
+  std::memcpy(to, from, bytes);
+  region.mark_written(offset, bytes);
+}
+
+void Machine::download(void* to, const void* from, size_t bytes) {
+  std::lock_guard<std::recursive_mutex> lock(mutex_);
+  Region& region = global_.find(from, bytes, "download", {"host", 0});
+  const size_t offset = static_cast<const char*>(from) - region.data();
+  if (offset + bytes > region.bytes()) throw Fault("download past the end of " + region.name());
+  region.require_written(offset, bytes);
+  std::memcpy(to, from, bytes);
+}
+
+void Machine::set_schedule(uint64_t seed) {
+  std::lock_guard<std::recursive_mutex> lock(mutex_);
+  seed_ = seed;
+}
+
+void Machine::launch(const LaunchShape& shape, const std::function<void()>& kernel) {
+  std::lock_guard<std::recursive_mutex> lock(mutex_);
+  if (shape.block == 0 || shape.block > kMaxThreads || shape.grid == 0) {
+    throw Fault("launch of " + std::to_string(shape.grid) + " blocks of " + std::to_string(shape.block) +
+                " threads: a block has 1 to 1024 threads");
+  }
+  shape_ = shape;
+  first_thread_ = next_thread_id_;
+  next_thread_id_ += static_cast<uint64_t>(shape.grid) * shape.block;
+  fault_.reset();
+  threads_.resize(std::max<size_t>(threads_.size(), shape.block));
+  warps_.resize(std::max<size_t>(warps_.size(), (shape.block + kWarp - 1) / kWarp));
+  shared_storage_.reset(new char[shape.shared_bytes + 256]);
+  char* aligned = shared_storage_.get() + (256 - reinterpret_cast<uintptr_t>(shared_storage_.get()) % 256);
+  shared_ = std::make_unique<Region>("shared memory", aligned, shape.shared_bytes);
+  thread_body_ = [this, &kernel] {
+    kernel();
+    threads_[current_].state = State::kDone;
+    ++done_;
+    wait();
+  };
+  std::mt19937_64 random(seed_);
+  for (unsigned block : turns(shape.grid, seed_ ? &random : nullptr)) {
+    block_ = block;
+    run_block();
+  }
+}
+
+void Machine::run_block() {
+  const unsigned count = shape_.block;
+  at_barrier_ = done_ = barriers_ = 0;
+  shared_->forget();
+  for (Warp& warp : warps_) warp.barriers = 0;
+  for (unsigned i = 0; i < count; ++i) {
+    Thread& thread = threads_[i];
+    if (!thread.fiber) thread.fiber = std::make_unique<Fiber>(kStackBytes);
+    thread.fiber->reset(&thread_body_);
+    thread.state = State::kReady;
+    thread.committed.clear();
+    thread.uncommitted.clear();
+  }
+  std::mt19937_64 random(seed_ + block_);
+  const std::vector<unsigned> order = turns(count, seed_ ? &random : nullptr);
+  while (done_ < count) {
+    bool progress = false;
+    for (unsigned i : order) {
+      if (threads_[i].state != State::kReady) continue;
+      current_ = i;
+      progress = true;
+      threads_[i].fiber->resume();
+      if (fault_) throw Fault(*fault_);
+    }
+    if (at_barrier_ == count) {
+      finish_barrier();
+    } else if (!progress) {
+      report_deadlock();
+    }
+  }
+  for (unsigned i = 0; i < count; ++i) {
+    if (!threads_[i].uncommitted.empty() || !threads_[i].committed.empty()) {
+      throw Fault("thread " + std::to_string(i) + " ended with asynchronous copies that it never waited for");
+    }
+  }
+}
+
+void Machine::finish_barrier() {
+  const Site& first = threads_[0].waiting_at;
+  for (unsigned i = 0; i < shape_.block; ++i) {
+    const Site& site = threads_[i].waiting_at;
+    if (site.line != first.line || std::strcmp(site.file, first.file) != 0) {
+      throw Fault("divergent barrier: thread 0 waits at " + to_string(first) + ", thread " +
+                  std::to_string(i) + " at " + to_string(site));
+    }
+    threads_[i].state = State::kReady;
+  }
+  at_barrier_ = 0;
+  ++barriers_;
+}
+
+void Machine::report_deadlock() const {
+  std::string message = "block " + std::to_string(block_) + " cannot go on: ";
+  for (unsigned i = 0, shown = 0; i < shape_.block && shown < 4; ++i) {
+    const Thread& thread = threads_[i];
+    const bool repeats =
+        i > 0 && threads_[i - 1].state == thread.state &&
+        (thread.state == State::kDone || threads_[i - 1].waiting_at.line == thread.waiting_at.line);
+    if (repeats) continue;
+    message += (shown++ ? "; thread " : "thread ") + std::to_string(i);
+    if (thread.state == State::kDone) message += " has returned";
+    if (thread.state == State::kAtBarrier) message += " waits at the barrier " + to_string(thread.waiting_at);
+    if (thread.state == State::kInWarp) {
+      char mask[16];
+      std::snprintf(mask, sizeof mask, "0x%08x", thread.mask);
+      message += std::string(" waits for the lanes ") + mask + " in " + thread.collective + " " +
+                 to_string(thread.waiting_at);
+    }
+  }
+  throw Fault(message);
+}
+
+std::string Machine::thread_name(unsigned thread) const {
+  return "thread " + std::to_string(thread) + " of block " + std::to_string(block_);
+}
+
+// No exception may cross from one stack to another: the fault is kept, and the fiber never resumed.
+void Machine::abandon(const Fault& fault) {
+  fault_ = std::make_unique<Fault>(thread_name(current_) + ": " + fault.what());
+  for (;;) wait();
+}
+
+void Machine::wait() { threads_[current_].fiber->yield(); }
+
+Accessor Machine::accessor() const {
+  return {first_thread_, first_thread_ + static_cast<uint64_t>(block_) * shape_.block + current_,
+          shape_.block, barriers_, warps_[current_ / kWarp].barriers};
+}
+
+Region& Machine::region_of(const void* address, size_t bytes, Access kind, const Site& site) {
+  const char* at = static_cast<const char*>(address);
+  if (at >= shared_->data() - 128 && at < shared_->data() + shared_->bytes() + 128) return *shared_;
+  if (!recent_ || !recent_->contains(address)) {
+    recent_ = &global_.find(address, bytes, kind == Access::kRead ? "read" : "write", site);
+  }
+  return *recent_;
+}
+
+void Machine::access(const void* address, size_t bytes, Access kind, const Site& site) {
+  try {
+    region_of(address, bytes, kind, site).access(address, bytes, kind, accessor(), site);
+  } catch (const Fault& fault) {
+    fault_ = std::make_unique<Fault>(fault);
+  }
+  if (fault_) abandon(Fault(*fault_));
+}
+
+void Machine::barrier(const Site& site) {
+  threads_[current_].state = State::kAtBarrier;
+  threads_[current_].waiting_at = site;
+  ++at_barrier_;
+  wait();
+}
+
+bool Machine::complete_in_warp(uint32_t mask) const {
+  const unsigned first = current_ / kWarp * kWarp;
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    if (!(mask >> lane & 1)) continue;
+    if (first + lane >= shape_.block) return false;
+    const Thread& thread = threads_[first + lane];
+    if (thread.state != State::kInWarp || thread.mask != mask) return false;
+  }
+  return true;
+}
+
+void Machine::arrive_in_warp(const char* name, uint32_t mask, const Site& site) {
+  Thread& self = threads_[current_];
+  if (!(mask >> (current_ % kWarp) & 1)) {
+    abandon(Fault(std::string("the mask of ") + name + " leaves out the calling lane, " + to_string(site)));
+  }
+  self.state = State::kInWarp;
+  self.collective = name;
+  self.mask = mask;
+  self.waiting_at = site;
+}
+
+Payload Machine::collective(const char* name, uint32_t mask, const Payload& sent, Combine combine,
+                            const Site& site) {
+  Warp& warp = warps_[current_ / kWarp];
+  warp.lanes[current_ % kWarp].sent = sent;
+  arrive_in_warp(name, mask, site);
+  if (!complete_in_warp(mask)) {
+    wait();
+    return warp.lanes[current_ % kWarp].received;
+  }
+  const unsigned first = current_ / kWarp * kWarp;
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    if (!(mask >> lane & 1)) continue;
+    if (std::strcmp(threads_[first + lane].collective, name) != 0) {
+      abandon(Fault(std::string("lanes of one warp meet in different operations: ") + name + " and " +
+                    threads_[first + lane].collective + ", " + to_string(site)));
+    }
+    threads_[first + lane].state = State::kReady;
+  }
+  combine(warp.lanes, mask);
+  return warp.lanes[current_ % kWarp].received;
+}
+
+void Machine::warp_barrier(uint32_t mask, const Site& site) {
+  // Only a barrier of the whole warp orders memory here; a partial one could be ordered lane by lane, no
+  // kernel needs it.
+  if (mask != kFullMask) abandon(Fault("warp barrier with a partial mask, " + to_string(site)));
+  Warp& warp = warps_[current_ / kWarp];
+  arrive_in_warp("warp_barrier", mask, site);
+  if (!complete_in_warp(mask)) {
+    wait();
+    return;
+  }
+  ++warp.barriers;
+  const unsigned first = current_ / kWarp * kWarp;
+  for (unsigned lane = 0; lane < kWarp; ++lane) threads_[first + lane].state = State::kReady;
+}
+
+void Machine::copy_async(void* to_shared, const void* from_global, size_t bytes, const Site& site) {
+  access(from_global, bytes, Access::kRead, site);
+  access(to_shared, bytes, Access::kAsyncWrite, site);
+  threads_[current_].uncommitted.push_back({to_shared, from_global, bytes});
+}
+
+void Machine::copy_async_commit() {
+  Thread& self = threads_[current_];
+  self.committed.push_back(std::move(self.uncommitted));
+  self.uncommitted.clear();
+}
+
+void Machine::copy_async_wait(size_t groups_left) {
+  Thread& self = threads_[current_];
+  while (self.committed.size() > groups_left) {
+    for (const Copy& copy : self.committed.front()) {
+      std::memcpy(copy.to, copy.from, copy.bytes);
+      shared_->land(copy.to, copy.bytes, accessor());
+    }
+    self.committed.erase(self.committed.begin());
+  }
+}
+
+}  // namespace emulator

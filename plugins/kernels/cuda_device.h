@@ -1,0 +1,205 @@
+// The device vocabulary on a GPU. Inline PTX and launches live here and nowhere else.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "kernels/status.h"
+#include "kernels/vector.h"
+
+#define ROTEXPORT_DEVICE __device__ __forceinline__
+#define ROTEXPORT_KERNEL __global__
+#define ROTEXPORT_UNROLL _Pragma("unroll")
+
+namespace device {
+
+using Half = __half;
+using BFloat16 = __nv_bfloat16;
+using Stream = cudaStream_t;
+
+constexpr unsigned kWarp = 32;
+constexpr uint32_t kFullMask = 0xffffffffu;
+
+ROTEXPORT_DEVICE unsigned thread_index() { return threadIdx.x; }
+ROTEXPORT_DEVICE unsigned block_index() { return blockIdx.x; }
+ROTEXPORT_DEVICE unsigned block_size() { return blockDim.x; }
+ROTEXPORT_DEVICE unsigned grid_size() { return gridDim.x; }
+
+// A tensor in global memory. A tensor of const elements must not be written by any thread of the launch.
+template <class T>
+class Global {
+ public:
+  Global() = default;
+  explicit Global(T* data) : data_(data) {}
+
+  template <class V>
+  ROTEXPORT_DEVICE V load(int64_t index) const {
+    return fetch<V>(data_ + index, static_cast<T*>(nullptr));
+  }
+  template <class V>
+  ROTEXPORT_DEVICE void store(int64_t index, const V& value) const {
+    *reinterpret_cast<V*>(data_ + index) = value;
+  }
+
+ private:
+  template <class V, class U>
+  static ROTEXPORT_DEVICE V fetch(U* address, U*) {
+    return *reinterpret_cast<const V*>(address);
+  }
+  template <class V, class U>
+  static ROTEXPORT_DEVICE V fetch(const U* address, const U*) {
+    V value;
+    if constexpr (sizeof(V) == 16) {
+      *reinterpret_cast<uint4*>(&value) = __ldg(reinterpret_cast<const uint4*>(address));
+    } else if constexpr (sizeof(V) == 8) {
+      *reinterpret_cast<uint2*>(&value) = __ldg(reinterpret_cast<const uint2*>(address));
+    } else if constexpr (sizeof(V) == 4) {
+      *reinterpret_cast<uint32_t*>(&value) = __ldg(reinterpret_cast<const uint32_t*>(address));
+    } else if constexpr (sizeof(V) == 2) {
+      *reinterpret_cast<uint16_t*>(&value) = __ldg(reinterpret_cast<const uint16_t*>(address));
+    } else {
+      static_assert(sizeof(V) == 1, "no load of this size");
+      *reinterpret_cast<uint8_t*>(&value) = __ldg(reinterpret_cast<const uint8_t*>(address));
+    }
+    return value;
+  }
+
+  T* data_ = nullptr;
+};
+
+// A part of the block's dynamic shared memory, `offset` bytes from its start.
+template <class T>
+class Shared {
+ public:
+  ROTEXPORT_DEVICE explicit Shared(unsigned offset) {
+    extern __shared__ __align__(16) char rotexport_shared[];
+    data_ = reinterpret_cast<T*>(rotexport_shared + offset);
+  }
+
+  template <class V>
+  ROTEXPORT_DEVICE V load(unsigned index) const {
+    return *reinterpret_cast<const V*>(data_ + index);
+  }
+  template <class V>
+  ROTEXPORT_DEVICE void store(unsigned index, const V& value) const {
+    *reinterpret_cast<V*>(data_ + index) = value;
+  }
+  ROTEXPORT_DEVICE void atomic_max(unsigned index, T value) const { atomicMax(data_ + index, value); }
+  ROTEXPORT_DEVICE void atomic_add(unsigned index, T value) const { atomicAdd(data_ + index, value); }
+  ROTEXPORT_DEVICE unsigned address(unsigned index) const {
+    return static_cast<unsigned>(__cvta_generic_to_shared(data_ + index));
+  }
+
+ private:
+  T* data_;
+};
+
+ROTEXPORT_DEVICE void barrier() { __syncthreads(); }
+ROTEXPORT_DEVICE void warp_barrier() { __syncwarp(); }
+
+template <class T>
+ROTEXPORT_DEVICE T shuffle_xor(T value, unsigned lanes, uint32_t mask = kFullMask) {
+  return __shfl_xor_sync(mask, value, lanes);
+}
+template <class T>
+ROTEXPORT_DEVICE T shuffle(T value, unsigned lane, uint32_t mask = kFullMask) {
+  return __shfl_sync(mask, value, lane);
+}
+ROTEXPORT_DEVICE uint32_t ballot(bool vote, uint32_t mask = kFullMask) { return __ballot_sync(mask, vote); }
+ROTEXPORT_DEVICE bool any(bool vote, uint32_t mask = kFullMask) { return __any_sync(mask, vote); }
+ROTEXPORT_DEVICE bool all(bool vote, uint32_t mask = kFullMask) { return __all_sync(mask, vote); }
+
+ROTEXPORT_DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); }
+ROTEXPORT_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
+ROTEXPORT_DEVICE int round_to_int(float value) { return __float2int_rn(value); }
+ROTEXPORT_DEVICE int population(uint32_t bits) { return __popc(bits); }
+// Byte i of the result is byte (selector >> 4i & 7) of the eight bytes low, high.
+ROTEXPORT_DEVICE uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  return __byte_perm(low, high, selector);
+}
+
+// Two values rounded to nearest even and packed, `low` in the low half.
+template <class T>
+ROTEXPORT_DEVICE uint32_t pack(float low, float high);
+template <>
+ROTEXPORT_DEVICE uint32_t pack<Half>(float low, float high) {
+  const __half2 packed = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&packed);
+}
+template <>
+ROTEXPORT_DEVICE uint32_t pack<BFloat16>(float low, float high) {
+  const __nv_bfloat162 packed = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&packed);
+}
+
+// sums += a . b, where a is 16x16 and b 16x8 in the fragment layout of mma.m16n8k16.
+template <class T>
+ROTEXPORT_DEVICE void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+#define ROTEXPORT_MMA(TYPE, NAME)                                                    \
+  template <>                                                                        \
+  ROTEXPORT_DEVICE void multiply_add<TYPE>(float (&sums)[4], const uint32_t (&a)[4], \
+                                           const uint32_t (&b)[2]) {                 \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                       \
+        ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                 \
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                 \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));         \
+  }
+ROTEXPORT_MMA(Half, "f16")
+ROTEXPORT_MMA(BFloat16, "bf16")
+#undef ROTEXPORT_MMA
+
+// Four 8x8 matrices of 16-bit elements; lane 8i + r gives the index of row r of matrix i.
+template <class T>
+ROTEXPORT_DEVICE void load_matrices(uint32_t (&fragment)[4], const Shared<T>& from, unsigned row_index) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+               : "r"(from.address(row_index))
+               : "memory");
+}
+
+// Starts a copy of 16 bytes that goes on while the thread computes; it has landed after copy_async_wait.
+template <class T>
+ROTEXPORT_DEVICE void copy_async(const Shared<T>& to, unsigned to_index, const T* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to.address(to_index)), "l"(from) : "memory");
+}
+ROTEXPORT_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kGroupsLeft>
+ROTEXPORT_DEVICE void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");
+}
+
+struct LaunchShape {
+  unsigned grid = 1;
+  unsigned block = 1;
+  unsigned shared_bytes = 0;
+};
+
+template <class... Parameters, class... Arguments>
+Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream stream,
+              const Arguments&... arguments) {
+  constexpr unsigned kSharedWithoutAsking = 48 * 1024;
+  cudaError_t error = cudaSuccess;
+  if (shape.shared_bytes > kSharedWithoutAsking) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shape.shared_bytes));
+  }
+  if (error == cudaSuccess) {
+    kernel<<<shape.grid, shape.block, shape.shared_bytes, stream>>>(arguments...);
+    error = cudaGetLastError();
+  }
+  return {error == cudaSuccess ? nullptr : cudaGetErrorString(error)};
+}
+
+// Number of multiprocessors of the current device, 0 where it cannot be read.
+inline unsigned multiprocessors() {
+  int id = 0;
+  int count = 0;
+  if (cudaGetDevice(&id) != cudaSuccess) return 0;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, id) != cudaSuccess) return 0;
+  return static_cast<unsigned>(count);
+}
+
+}  // namespace device

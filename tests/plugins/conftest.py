@@ -1,0 +1,27 @@
+"""The emulator build, shared by all tests of the plugins."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PLUGINS = Path(__file__).parents[2] / "plugins"
+sys.path.insert(0, str(Path(__file__).parent))  # the helpers beside the tests
+
+
+@pytest.fixture(scope="session")
+def emulated() -> Path:
+    """Return the directory of the libraries built for the emulator, built now if anything changed."""
+    build = PLUGINS / "build" / "emulator"
+    configure = ["cmake", "-G", "Ninja", "-S", str(PLUGINS), "-B", str(build), "-DROTEXPORT_DEVICE=emulator"]
+    headers = os.environ.get("TENSORRT_ROOT") or str(PLUGINS / "build" / "tensorrt")
+    if Path(headers).is_dir():
+        configure.append(f"-DTENSORRT_ROOT={headers}")
+    for command in (configure, ["cmake", "--build", str(build)]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return build

@@ -1,0 +1,155 @@
+"""The emulator reports planted bugs, and none in the same kernels without them."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+BUGS = {
+    "copy: reads past the end": "out-of-bounds read at bytes 256..259 of x (256 bytes), planted_bugs.cpp:",
+    "copy: reads before the start": "out-of-bounds read of 4 bytes, 4 before the start of x",
+    "copy: reads far outside": "out-of-bounds read of 4 bytes",
+    "misaligned": "misaligned read at bytes 8..23 of x",
+    "unwritten global": "read of memory that nothing wrote at bytes 0..3 of y",
+    "shared bounds": "out-of-bounds write at bytes 256..259 of shared memory (256 bytes)",
+    "unwritten shared": "read of memory that nothing wrote at bytes 252..255 of shared memory",
+    "reverse: no barrier": " of shared memory (256 bytes), planted_bugs.cpp:",
+    "reuse: no second barrier": "race: ",
+    "reverse in warp: no barrier": " of shared memory (256 bytes), planted_bugs.cpp:",
+    "reverse in warp: across warps": " of shared memory (256 bytes), planted_bugs.cpp:",
+    "barrier: divergent": "divergent barrier: thread 0 waits at planted_bugs.cpp:",
+    "barrier: partial": "waits at the barrier planted_bugs.cpp:",
+    "shuffle: lanes missing": "waits for the lanes 0xffffffff in shuffle",
+    "shuffle: own lane not in mask": "the mask of shuffle leaves out the calling lane",
+    "collectives: mixed": "lanes of one warp meet in different operations",
+    "asynchronous: no wait": "access before the asynchronous copy was waited for",
+    "asynchronous: no barrier": "of shared memory",
+    "blocks: overlap": "race: write not ordered after the write of thread",
+    "ring: read and written": "race: ",
+    "count: not atomic": "race: ",
+}
+CORRECT = [
+    "copy",
+    "misaligned: right",
+    "shared bounds: right",
+    "unwritten shared: right",
+    "reverse",
+    "reuse",
+    "reverse in warp",
+    "barrier",
+    "barrier: all arrive",
+    "shuffle",
+    "collectives",
+    "asynchronous",
+    "blocks",
+    "ring: read",
+    "count",
+]
+SCHEDULES = (0, 1, 2)
+
+
+class Planted:
+    def __init__(self, build: Path) -> None:
+        self.library = ctypes.CDLL(str(build / "librotexport_planted_bugs.so"))
+
+    def run(self, case: str, schedule: int = 0, count: int = 1) -> tuple[str | None, np.ndarray]:
+        """Return the emulator's report (None: nothing to report) and the first `count` outputs."""
+        message = ctypes.create_string_buffer(1024)
+        values = (ctypes.c_float * count)()
+        status = self.library.planted_run(
+            case.encode(), ctypes.c_uint64(schedule), count, values, message, ctypes.c_size_t(1024)
+        )
+        assert status != 2, f"no case '{case}'"
+        return (message.value.decode() if status else None), np.array(values)
+
+
+@pytest.fixture(scope="module")
+def planted(emulated: Path) -> Planted:
+    return Planted(emulated)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("bug", BUGS)
+def test_reports_the_bug_under_any_schedule(planted: Planted, bug: str, schedule: int) -> None:
+    report, _ = planted.run(bug, schedule)
+    assert report is not None
+    assert BUGS[bug] in report
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("case", CORRECT)
+def test_reports_nothing_in_a_correct_kernel(planted: Planted, case: str, schedule: int) -> None:
+    report, _ = planted.run(case, schedule)
+    assert report is None
+
+
+def test_a_report_names_thread_and_line(planted: Planted) -> None:
+    report, _ = planted.run("copy: reads past the end")
+    assert report is not None and report.startswith("thread 63 of block 0: ")
+
+
+def test_half_a_warp_may_shuffle_alone(planted: Planted) -> None:
+    report, values = planted.run("shuffle: half a warp", count=16)
+    assert report is None
+    np.testing.assert_array_equal(values, 1.0)
+
+
+def test_reads_of_outputs_that_were_not_written_are_reported(planted: Planted) -> None:
+    """Lanes 16 to 31 of "half a warp" write nothing."""
+    report, _ = planted.run("shuffle: half a warp", count=17)
+    assert report == "byte 64 of y (512 bytes) was never written"
+
+
+def test_schedules_permute_the_threads(planted: Planted) -> None:
+    """Float atomics round differently in each order, so a permuted schedule shows in the result."""
+    sums = {float(planted.run("arrival order", schedule)[1][0]) for schedule in range(20)}
+    assert len(sums) > 1
+    np.testing.assert_allclose(list(sums), 0.1 * 64 * 65 / 2, rtol=1e-5)
+
+
+def test_shared_memory_is_seen_across_a_barrier(planted: Planted) -> None:
+    report, values = planted.run("reverse", count=64)
+    assert report is None
+    np.testing.assert_array_equal(values, np.arange(64)[::-1])
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(np.float16, "half"), (ml_dtypes.bfloat16, "bfloat16")])
+def test_matrix_instructions_multiply(planted: Planted, dtype: type, name: str) -> None:
+    """ldmatrix and mma.m16n8k16 together: products of 11- or 8-bit significands are exact in float32, sums nearly."""
+    rng = np.random.default_rng(3)
+    a, b = rng.standard_normal((16, 16)).astype(dtype), rng.standard_normal((16, 8)).astype(dtype)
+    y = np.empty((16, 8), np.float32)
+    pointers = [ctypes.c_void_p(array.ctypes.data) for array in (a, b, y)]
+    getattr(planted.library, f"product_{name}")(*pointers)
+    exact = a.astype(np.float64) @ b.astype(np.float64)
+    bound = np.abs(a).astype(np.float64) @ np.abs(b).astype(np.float64)
+    assert np.all(np.abs(y - exact) <= 16 * 2.0**-24 * bound)
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(np.float16, "half"), (ml_dtypes.bfloat16, "bfloat16")])
+def test_conversions_round_to_nearest_even(planted: Planted, dtype: type, name: str) -> None:
+    """Every half, the midpoints between halves, and random floats, against NumPy's and ml_dtypes' conversions."""
+    convert = getattr(planted.library, f"round_{name}")
+    convert.argtypes, convert.restype = [ctypes.c_float], ctypes.c_uint16
+    rng = np.random.default_rng(4)
+    halves = np.arange(0, 0x7C00, 7, np.uint16).view(np.float16).astype(np.float32)
+    with np.errstate(over="ignore"):
+        middles = (halves[1:] + halves[:-1]) / 2
+        wild = rng.integers(0, 2**32, 2000, np.uint32).view(np.float32)
+        values = np.concatenate(
+            [halves, -middles, wild[np.isfinite(wild)], np.float32([65519.9, 65520, np.inf])]
+        )
+        expected = values.astype(dtype).view(np.uint16)
+    np.testing.assert_array_equal([convert(float(value)) for value in values], expected)
+
+
+def test_halves_widen_exactly(planted: Planted) -> None:
+    widen = planted.library.widen_half
+    widen.argtypes, widen.restype = [ctypes.c_uint16], ctypes.c_float
+    bits = np.arange(0, 2**16, 5, np.uint16)
+    expected = bits.view(np.float16).astype(np.float32)
+    np.testing.assert_array_equal([widen(int(b)) for b in bits], expected)
