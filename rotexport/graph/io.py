@@ -1,4 +1,4 @@
-"""Writing graphs: one `.onnx` file and one data file, each tensor evaluated and written once."""
+"""Writing and reading graphs: one `.onnx` file and one data file, each tensor evaluated and written once."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import NamedTuple
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from rotexport.errors import OutputError
+from rotexport.errors import GraphError, OutputError
 from rotexport.graph.functions import functions_used
-from rotexport.graph.weights import Array, LazyWeight, Weight, weight_of
+from rotexport.graph.weights import Array, LazyWeight, Stored, Weight, set_weight, weight_of
 
 OPSET = 23
 IR_VERSION = 11  # what ONNX Runtime and TensorRT both accept with opset 23
@@ -194,3 +195,40 @@ def _raw(values: Array) -> Array:
             nibbles = np.append(nibbles, np.uint8(0))
         return nibbles[0::2] | nibbles[1::2] << 4
     return flat.view(np.uint8)
+
+
+def load_model(path: Path) -> gs.Graph:
+    """Read a saved graph; external tensors stay lazy references into their files.
+
+    Raises:
+        GraphError: the file is missing, is no ONNX model, or refers to data that is not there.
+
+    """
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise GraphError(f"'{path}' cannot be read as an ONNX model: {error}") from error
+    external = {
+        tensor.name: _stored(tensor, path)
+        for tensor in model.graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+    }
+    graph = gs.import_onnx(model)
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Constant) and tensor.name in external:
+            set_weight(tensor, external[tensor.name])
+    return graph
+
+
+def _stored(tensor: onnx.TensorProto, path: Path) -> Stored:
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    file = path.parent / entries["location"]
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    stored = Stored(file, int(entries.get("offset", 0)), dtype, tuple(tensor.dims))
+    size = file.stat().st_size if file.is_file() else 0
+    if size < stored.offset + stored.nbytes:
+        raise GraphError(
+            f"'{path}' refers to {stored.nbytes} bytes at offset {stored.offset} of '{file}', which holds {size}; "
+            "copy the data file beside the model again"
+        )
+    return stored

@@ -6,9 +6,9 @@ import onnx
 import pytest
 from support.graphs import graph_of, run
 
-from rotexport.errors import OutputError
-from rotexport.graph.io import Scratch, WeightFile, save_model
-from rotexport.graph.weights import Affine, InMemory, constant, set_weight, weight_of
+from rotexport.errors import GraphError, OutputError
+from rotexport.graph.io import Scratch, WeightFile, load_model, save_model
+from rotexport.graph.weights import Affine, InMemory, Stored, constant, set_weight, weight_of
 
 TEXT = """
 two (float[2, 64] x, float[64, 64] W1, float[64, 64] W2) => (float[2, 64] y) {
@@ -76,3 +76,19 @@ def test_a_final_file_copies_what_scratch_has_evaluated(tmp_path) -> None:
     final = WeightFile(tmp_path / "model.data", source=scratch)
     final.add(weight)
     np.testing.assert_array_equal(np.fromfile(tmp_path / "model.data", np.float32), weight.array)
+
+
+def test_a_saved_graph_is_read_back_lazily(tmp_path) -> None:
+    graph = graph_of(TEXT)
+    save_model(graph, tmp_path / "model.onnx", WeightFile(tmp_path / "model.data"))
+    again = load_model(tmp_path / "model.onnx")
+    assert all(isinstance(weight_of(node.inputs[1]), Stored) for node in again.nodes)
+    x = np.ones((2, 64), np.float32)
+    np.testing.assert_array_equal(run(again, x=x)[0], run(graph, x=x)[0])
+
+
+def test_missing_data_is_one_clear_error(tmp_path) -> None:
+    save_model(graph_of(TEXT), tmp_path / "model.onnx", WeightFile(tmp_path / "model.data"))
+    (tmp_path / "model.data").write_bytes(b"short")
+    with pytest.raises(GraphError, match="which holds 5; copy the data file"):
+        load_model(tmp_path / "model.onnx")

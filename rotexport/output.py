@@ -1,0 +1,82 @@
+"""An output directory that exists completely or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+from rotexport.errors import OutputError
+
+MARK = "rotexport.json"  # what a finished build holds
+
+
+class OutputDirectory:
+    """Builds under a temporary name beside the final one, which it takes on success alone.
+
+    Entering gives the temporary directory. An existing output is replaced, and only when everything went
+    well, if `force` is set and it is empty or a build of ours; it is refused otherwise.
+
+    Raises:
+        OutputError: the output exists, or nothing can be written there.
+
+    """
+
+    def __init__(self, path: Path, *, force: bool = False) -> None:
+        self.path = path
+        self._force = force
+        self._work: Path | None = None
+
+    def check(self) -> None:
+        """Raise OutputError before any work when the output could not be written at the end."""
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise OutputError(f"'{self.path}' exists and is a file; choose another output directory")
+        if not self._force:
+            raise OutputError(f"'{self.path}' already exists; pass --force to replace it, or choose another")
+        if any(self.path.iterdir()) and not (self.path / MARK).is_file():
+            raise OutputError(
+                f"'{self.path}' is not a rotexport build: remove it yourself, or choose another"
+            )
+
+    def __enter__(self) -> Path:
+        self.check()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._work = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.partial-", dir=self.path.parent))
+            self._work.chmod(0o755)  # mkdtemp's default keeps others out of the finished build
+        except OSError as error:
+            raise OutputError(f"cannot write '{self.path}': {error.strerror}") from error
+        return self._work
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._work is not None
+        if kind is None:
+            replace_directory(self._work, self.path)
+        else:
+            shutil.rmtree(self._work, ignore_errors=True)
+
+    def keep_failed(self) -> Path:
+        """Move what was built aside, for a person to look at, as `<output>.failed`; return where it is."""
+        assert self._work is not None
+        failed = self.path.with_name(f"{self.path.name}.failed")
+        replace_directory(self._work, failed)
+        return failed
+
+
+def replace_directory(new: Path, final: Path) -> None:
+    """Move `new` to `final`, which is removed only after its name was freed."""
+    try:
+        if final.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{final.name}.old-", dir=final.parent))
+            final.rename(old / "was")
+            new.rename(final)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            new.rename(final)
+    except OSError as error:
+        raise OutputError(f"cannot move the build to '{final}': {error.strerror}") from error
