@@ -228,7 +228,8 @@ def _stored(tensor: onnx.TensorProto, path: Path) -> Stored:
     size = file.stat().st_size if file.is_file() else 0
     if size < stored.offset + stored.nbytes:
         raise GraphError(
-            f"'{path}' refers to {stored.nbytes} bytes at offset {stored.offset} of '{file}', which holds {size}; "
+            f"'{path}' refers to {stored.nbytes} bytes at offset {stored.offset} of '{file}', "
+            f"which holds {size}; "
             "copy the data file beside the model again"
         )
     return stored

@@ -48,7 +48,7 @@ def test_four_bit_elements_are_packed_low_nibble_first(tmp_path) -> None:
 
 
 def test_an_unwritable_place_is_one_clear_error(tmp_path) -> None:
-    with pytest.raises(OutputError, match="cannot write '.*missing/model.data'"):
+    with pytest.raises(OutputError, match=r"cannot write '.*missing/model\.data'"):
         WeightFile(tmp_path / "missing" / "model.data")
 
 
