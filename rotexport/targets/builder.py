@@ -1,0 +1,128 @@
+"""Build one engine per compute capability, each in a child process, on a machine with or without a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import onnx
+
+from rotexport.errors import OutputError, TargetError
+from rotexport.targets import builder_process
+from rotexport.targets.layers import Kernel, Layer, assert_kernels, parse_layers
+from rotexport.targets.lint import lint
+from rotexport.targets.lowering import lower
+from rotexport.targets.profiles import Profiles, Shapes, input_shapes
+
+MODULES: Final = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+_TAIL: Final = 8  # lines of a failed builder's output that go into the error
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """One plan: where it is, what it took, and which layers the builder made."""
+
+    target: str
+    gpu: str
+    path: Path
+    size: int
+    seconds: float
+    layers: tuple[Layer, ...]
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """What to build: a saved model for GPUs (`sm89`) and shapes, and the kernel each MatMul must become."""
+
+    model: Path
+    target: str
+    gpus: tuple[str, ...]
+    profiles: Profiles
+    kernels: Mapping[str, Kernel]
+
+
+def build_engines(request: EngineRequest, directory: Path, progress: Progress) -> list[EngineReport]:
+    """Build `directory/<target>-<gpu>.plan` for every asked GPU; `progress` hears each name first.
+
+    Args:
+        request: what to build.
+        directory: made if it is missing.
+        progress: called with the name of the engine about to be built.
+
+    Raises:
+        TargetError: the graph holds what the builder runs wrongly, a builder fails or crashes, or a product
+            became another kernel than `request.kernels` says.
+        OutputError: the directory cannot be written.
+
+    """
+    model = onnx.load(str(request.model), load_external_data=False)
+    lint(model)
+    shapes = _profiles(request, model)
+    lowered = request.model.with_suffix(f".{request.target}.onnx")  # beside it, so that the weights are found
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lowered.write_bytes(lower(model).SerializeToString())
+        reports = []
+        for gpu in request.gpus:
+            name = f"{request.target}-{gpu}"
+            progress(name)
+            reports.append(_build(lowered, directory / f"{name}.plan", request, gpu, shapes))
+        return reports
+    except OSError as error:
+        raise OutputError(f"cannot write engines to '{directory}': {error.strerror}") from error
+    finally:
+        lowered.unlink(missing_ok=True)
+
+
+def _profiles(request: EngineRequest, model: onnx.ModelProto) -> list[Shapes]:
+    """One profile for TensorRT-RTX, which specializes kernels as it meets shapes; two for TensorRT."""
+    limits = request.profiles
+    ranges = [limits.whole()] if request.target == "tensorrt-rtx" else limits.split()
+    return [input_shapes(model, one) for one in ranges]
+
+
+def _build(model: Path, plan: Path, request: EngineRequest, gpu: str, profiles: list[Shapes]) -> EngineReport:
+    begin = time.perf_counter()
+    temporary = plan.with_suffix(".partial")
+    with tempfile.TemporaryDirectory() as scratch:
+        log = Path(scratch) / "layers"
+        orders = {
+            "module": MODULES[request.target],
+            "model": str(model),
+            "plan": str(temporary),
+            "layers": str(log),
+            "compute_capability": gpu.upper() if request.target == "tensorrt-rtx" else None,
+            "profiles": profiles,
+        }
+        try:
+            _run(orders, Path(scratch), plan.stem)
+            layers = parse_layers(log.read_text())
+            assert_kernels(layers, request.kernels, plan.stem)
+            temporary.rename(plan)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return EngineReport(
+        request.target, gpu, plan, plan.stat().st_size, time.perf_counter() - begin, tuple(layers)
+    )
+
+
+def _run(orders: Mapping[str, object], scratch: Path, name: str) -> None:
+    file, log = scratch / "request.json", scratch / "log"
+    file.write_text(json.dumps(orders))
+    with log.open("wb") as output:
+        command = [sys.executable, str(builder_process.__file__), str(file)]
+        status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+    if status:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        how = f"ended by signal {-status}" if status < 0 else "failed"
+        said = "\n".join(f"  {line}" for line in lines[-_TAIL:]) or "  (it said nothing)"
+        raise TargetError(f"the builder of {name} {how}; it said:\n{said}")
