@@ -145,7 +145,9 @@ def token_sqnr_db(reference: Array, candidate: Array) -> Array:
 
     An attention-sink token can hold nearly all power of a stream: one ratio would see nothing else.
     """
-    return np.array([sqnr_db(r, c) for r, c in zip(reference, candidate, strict=True)])
+    _check_shapes(reference, candidate)
+    r = reference.astype(np.float64)
+    return _decibels(np.square(r).sum(axis=-1), np.square(r - candidate).sum(axis=-1))
 
 
 def cosine(reference: Array, candidate: Array) -> float:
@@ -198,11 +200,7 @@ class _Moments:
 
     @property
     def sqnr_db(self) -> float:
-        if self.noise == 0.0:
-            return EQUAL_DB
-        if self.signal == 0.0:
-            return -EQUAL_DB
-        return float(np.clip(10 * np.log10(self.signal / self.noise), -EQUAL_DB, EQUAL_DB))
+        return float(_decibels(np.array(self.signal), np.array(self.noise)))
 
     @property
     def cosine(self) -> float:
@@ -210,6 +208,12 @@ class _Moments:
         if norms == 0.0:
             return 1.0 if self.signal == self.other else 0.0
         return float(self.product / norms)
+
+
+def _decibels(signal: Array, noise: Array) -> Array:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio: Array = np.clip(10 * np.log10(signal / noise), -EQUAL_DB, EQUAL_DB)
+    return np.where(noise == 0.0, EQUAL_DB, ratio)
 
 
 def _check_shapes(reference: Array, candidate: Array) -> None:
