@@ -40,6 +40,7 @@ class CachePort:
     stem: str
     past: gs.Variable
     append: gs.Node
+    head_size: int
     bits: int
     group: int
     clip: float
@@ -48,11 +49,6 @@ class CachePort:
     def present(self) -> gs.Variable:
         """The graph output that holds old and new tokens."""
         return self.append.outputs[0]
-
-    @property
-    def head_size(self) -> int:
-        """Elements per token and head."""
-        return int(self.append.inputs[1].shape[3])
 
     @property
     def stored_size(self) -> int:
@@ -118,7 +114,7 @@ class QuantizeCache(Pass):
             )
         stem = f"{prefix.removeprefix('past_key_values.')}.{kind}"
         group = group_size(self._scheme.group, head_size, "kv_cache.group", f"a head of '{past.name}'")
-        return CachePort(stem, past, readers[0], bits, group, self._scheme.clip)
+        return CachePort(stem, past, readers[0], head_size, bits, group, self._scheme.clip)
 
 
 def _appends(node: gs.Node, past: gs.Variable) -> bool:
@@ -142,9 +138,9 @@ def _rewrite(graph: gs.Graph, port: CachePort, quantize: Emitter, dequantize: Em
     dequantize.nodes.append(
         gs.Node("Concat", f"{dequantize.stem}.scales", {"axis": 2}, [past_scale, pair], [present_scale])
     )
-    replace_reads(present, _dequantized(dequantize, port, present_scale), readers)
     for tensor in (past, present):
         tensor.dtype, tensor.shape = INT8, [*tensor.shape[:3], port.stored_size]
+    replace_reads(present, _dequantized(dequantize, port, present_scale), readers)
     _insert_after(graph.inputs, past, past_scale)
     _insert_after(graph.outputs, present, present_scale)
 

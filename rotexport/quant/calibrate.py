@@ -81,14 +81,15 @@ class InputStatistics:
 
     def static_scale(self, scheme: ActivationScheme) -> float:
         """Return the per-tensor scale that a static scheme asks for."""
+        if self.maximum == 0:
+            return 1.0
         number_format = activation_format(scheme.format)
         limits: dict[str, Callable[[], float]] = {
             "max": lambda: self.maximum,
             "percentile": lambda: self.percentile(scheme.percentile),
             "mse": lambda: self.least_error_range(number_format),
         }
-        limit = limits[scheme.observer]() * scheme.clip
-        return limit / number_format.highest if limit > 0 else 1.0
+        return limits[scheme.observer]() * scheme.clip / number_format.highest
 
 
 def calibrate(

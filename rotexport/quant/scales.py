@@ -110,16 +110,17 @@ def max_scale(groups: Array, number_format: NumberFormat) -> Array:
 
 def _searched_scale(groups: Array, number_format: NumberFormat) -> Array:
     widest = max_scale(groups, number_format)
+    units = groups / widest[..., None]  # so that nothing below depends on the weight's magnitude
     best_gain = np.zeros_like(widest)
-    best = widest
+    best = np.ones_like(widest)
     for clip in np.linspace(1.0, *SEARCH_GRID[number_format.name], dtype=groups.dtype):
-        codes = number_format.round(groups / (widest * clip)[..., None])
-        along, power = _dot(groups, codes), _dot(codes, codes)
-        gain = along * along / np.maximum(power, 1)  # a code that is not zero has at least this power
+        codes = number_format.round(units / clip)
+        along, power = _dot(units, codes), np.maximum(_dot(codes, codes), 1)  # 0 only if all codes are zero
+        gain = along * along / power
         better = gain > best_gain
-        best = np.where(better, along / np.maximum(power, 1), best)
+        best = np.where(better, along / power, best)
         best_gain = np.where(better, gain, best_gain)
-    return best
+    return widest * best
 
 
 def _integer_factors(scale: Array) -> Array:
