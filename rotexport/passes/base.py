@@ -8,6 +8,8 @@ from enum import Enum
 
 import onnx_graphsurgeon as gs
 
+from rotexport.transforms.transform import Transform
+
 
 class Preserves(Enum):
     """What stays equal between the graph before and after a pass."""
@@ -35,7 +37,7 @@ class Placement:
     rotation: str
     site: str
     where: Where
-    transform: str  # e.g. "Hadamard 576 = 36 x 16"; empty when refused
+    transform: Transform | None  # None when refused
     reason: str = ""  # why online, or why refused
 
 

@@ -44,7 +44,9 @@ class RotateHeads(Pass):
         site = f"{block}.{'value' if self.which == 'r2' else 'key'}"
         obstacle = next((pin for pin in component.pins if not pin.writes), None)
         if obstacle is not None:
-            report.placements.append(Placement(self.which, site, Where.REFUSED, "", f"pinned at {obstacle}"))
+            report.placements.append(
+                Placement(self.which, site, Where.REFUSED, None, f"pinned at {obstacle}")
+            )
             return
         rotation = replace(self.rotation, seed=self.rotation.seed + block)  # an independent map per layer
         transform = rotation.transform(component.size)
@@ -52,4 +54,4 @@ class RotateHeads(Pass):
         online = change_basis(graph, component, transform)
         where = Where.ONLINE if online else Where.FOLDED
         report.changed += len(component.absorbers) + online
-        report.placements.append(Placement(self.which, site, where, transform.describe(), reason))
+        report.placements.append(Placement(self.which, site, where, transform, reason))

@@ -35,9 +35,7 @@ class RotateDownInputs(Pass):
                 _rotate_input(graph, linear, transform)
                 reason = "a product or nonlinearity pins its input"
                 report.changed += 1
-                report.placements.append(
-                    Placement("r4", linear.name, Where.ONLINE, transform.describe(), reason)
-                )
+                report.placements.append(Placement("r4", linear.name, Where.ONLINE, transform, reason))
         return report
 
 
@@ -59,9 +57,7 @@ class MixHeads(Pass):
                 transform, reason = _head_transform(width, head_sizes[linear.block])
                 _rotate_input(graph, linear, transform)
                 report.changed += 1
-                report.placements.append(
-                    Placement("o_heads", linear.name, Where.ONLINE, transform.describe(), reason)
-                )
+                report.placements.append(Placement("o_heads", linear.name, Where.ONLINE, transform, reason))
         return report
 
 

@@ -38,9 +38,9 @@ class RotateResidual(Pass):
         online = change_basis(graph, stream, transform)
         where = Where.ONLINE if online else Where.FOLDED
         reason = f"{online} post-norms pin what they add to the stream" if online else ""
-        placement = Placement("r1", "residual", where, transform.describe(), reason)
+        placement = Placement("r1", "residual", where, transform, reason)
         return PassReport(len(stream.absorbers) + online, [], [placement])
 
 
 def _refused(reason: str) -> PassReport:
-    return PassReport(placements=[Placement("r1", "residual", Where.REFUSED, "", reason)])
+    return PassReport(placements=[Placement("r1", "residual", Where.REFUSED, None, reason)])
