@@ -28,7 +28,7 @@ def bind_weights(graph: gs.Graph, inputs: int, weight: Callable[[str], Weight]) 
         lazy = weight(tensor.name)
         if lazy.shape != tuple(tensor.shape):
             raise CheckpointError(
-                f"weight '{tensor.name}' has shape {lazy.shape}, but the config makes it {tuple(tensor.shape)}"
+                f"weight '{tensor.name}' has shape {lazy.shape}; the config makes it {tuple(tensor.shape)}"
             )
         bound = constant(tensor.name, lazy if lazy.dtype == _FLOAT else Cast(lazy, _FLOAT))
         replace_reads(tensor, bound, consumers(tensor))
@@ -54,7 +54,7 @@ def _fold(node: gs.Node) -> Weight | None:
     if np.prod(scalar.shape) != 1:
         return None
     number = float(scalar.read().reshape(()))
-    return Affine(tensor, offset=number) if node.op == "Add" else Affine(tensor, factor=number)
+    return Affine(tensor, 1.0, number) if node.op == "Add" else Affine(tensor, number, 0.0)
 
 
 def _name(node: gs.Node) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -42,7 +43,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     ]
     if len(found) != 1:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has {len(found)} module lists of {count} layers; expected one list of decoder blocks"
+            f"{type(model).__name__} has {len(found)} lists of {count} modules, not one of decoder blocks"
         )
     return found[0]
 
@@ -76,14 +77,20 @@ def _signature(module: nn.Module) -> Hashable:
 
 
 def _contents(module: nn.Module) -> Hashable:
-    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    shapes = tuple((name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors)
+    parameters = tuple((name, tuple(tensor.shape)) for name, tensor in module.named_parameters(recurse=False))
+    buffers = tuple((name, _values(tensor)) for name, tensor in module.named_buffers(recurse=False))
     scalars = tuple(
         (name, repr(value))
         for name, value in sorted(vars(module).items())
         if not name.startswith("_") and name not in _POSITIONAL and _is_plain(value)
     )
-    return shapes, scalars
+    return parameters, buffers, scalars
+
+
+def _values(buffer: torch.Tensor) -> Hashable:
+    """Return what a computed buffer holds; one that stands for a stored tensor holds nothing."""
+    hollow = buffer.untyped_storage().nbytes() < buffer.nbytes
+    return tuple(buffer.shape), None if hollow else buffer.numpy().tobytes()
 
 
 def _is_plain(value: Any) -> bool:
@@ -103,7 +110,8 @@ def _surroundings(model: PreTrainedModel) -> Hashable:
 
 def _layer_lists(config: PretrainedConfig) -> dict[str, list[Any]]:
     count = config.num_hidden_layers
-    return {k: v for k, v in config.to_dict().items() if isinstance(v, (list, tuple)) and len(v) == count}
+    fields = config.to_dict().items()
+    return {name: list(v) for name, v in fields if isinstance(v, (list, tuple)) and len(v) == count}
 
 
 def _layer_entries(config: PretrainedConfig, index: int) -> Hashable:

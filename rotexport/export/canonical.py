@@ -13,12 +13,19 @@ import onnx_graphsurgeon as gs
 from rotexport.errors import UnsupportedModelError
 from rotexport.graph.edit import consumers, drop_unused, replace_reads
 
-_POINTWISE = frozenset(
-    "Add Sub Mul Div Neg Relu Sigmoid Tanh Erf Gelu Softplus Pow Sqrt Abs Elu LeakyRelu".split()
-)
-_ROW_NORMS = frozenset(("LayerNormalization", "RMSNormalization"))
+_POINTWISE = {"Add", "Sub", "Mul", "Div", "Neg", "Pow", "Sqrt", "Abs"} | {
+    "Relu",
+    "LeakyRelu",
+    "Elu",
+    "Gelu",
+    "Erf",
+    "Sigmoid",
+    "Tanh",
+    "Softplus",
+}
+_ROW_NORMS = {"LayerNormalization", "RMSNormalization"}
 # Operators whose meaning depends on the data routed through them; nothing downstream could treat them.
-_ROUTING = frozenset("TopK NonZero If Loop Scan ScatterElements ScatterND GatherND Unique Compress".split())
+_ROUTING = {"TopK", "NonZero", "If", "Loop", "Scan", "ScatterElements", "ScatterND", "Unique", "Compress"}
 
 
 def canonicalize(graph: gs.Graph) -> None:
@@ -44,8 +51,8 @@ def canonicalize(graph: gs.Graph) -> None:
             _measure_inputs(graph, node)
         elif node.op == "Concat" and node.attrs["axis"] < 0:
             node.attrs["axis"] += len(node.outputs[0].shape)
-        elif _changes_nothing(node):
-            _bypass(node)
+        elif (kept := _unchanged(node)) is not None:
+            replace_reads(node.outputs[0], kept, consumers(node.outputs[0]))
     for node in graph.nodes:
         if node.op == "Reshape":
             _fix_shape(node)
@@ -70,13 +77,11 @@ def _keep_rows(graph: gs.Graph, flatten: gs.Node) -> None:
     for node in graph.nodes:
         if not any(id(tensor) in region for tensor in node.inputs):
             continue
-        if node.op == "Reshape" and list(node.outputs[0].shape) == [
-            *rows.shape[:2],
-            node.inputs[0].shape[-1],
-        ]:
+        output = node.outputs[0]
+        if node.op == "Reshape" and list(output.shape) == [*rows.shape[:2], node.inputs[0].shape[-1]]:
             back.append(node)
         elif _treats_rows(node, region):
-            region[id(node.outputs[0])] = node.outputs[0]
+            region[id(output)] = output
         else:
             return
     for tensor in region.values():
@@ -135,17 +140,18 @@ def _measure_inputs(graph: gs.Graph, node: gs.Node) -> None:
         node.attrs.update(start=axis, end=axis + 1)
 
 
-def _changes_nothing(node: gs.Node) -> bool:
+def _unchanged(node: gs.Node) -> gs.Variable | None:
+    """Return the input that a node passes on as it is, if any."""
     if node.op == "Identity":
-        return True
-    x, y = (
-        (node.inputs[0], node.outputs[0])
-        if node.op in ("Cast", "Expand", "Reshape", "Slice")
-        else (None, None)
-    )
-    if x is None or x.dtype is None or x.shape is None or y.shape is None:
-        return False
-    return x.dtype == y.dtype and list(x.shape) == list(y.shape)
+        return node.inputs[0]
+    if node.op == "And":
+        true = [tensor for tensor in node.inputs if isinstance(tensor, gs.Constant) and np.all(tensor.values)]
+        return next((tensor for tensor in node.inputs if tensor is not true[0]), None) if true else None
+    if node.op not in ("Cast", "Expand", "Reshape", "Slice"):
+        return None
+    source, target = node.inputs[0], node.outputs[0]
+    same = source.dtype == target.dtype and list(source.shape) == list(target.shape)
+    return source if same else None
 
 
 def _bypass(node: gs.Node) -> None:

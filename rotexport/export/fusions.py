@@ -41,18 +41,16 @@ class RmsNorm(RewriteRuleClassBase):  # type: ignore[misc]  # onnxscript ships n
         normal = op.Mul(x, op.Reciprocal(op.Sqrt(op.Add(mean, epsilon))))
         return op.Mul(normal, scale)
 
-    def check(
-        self, context: Any, x: ir.Value, scale: ir.Value, axes: ir.Value, epsilon: ir.Value, **_: Any
-    ) -> MatchResult:
+    def check(self, context: Any, x: ir.Value, **bound: ir.Value) -> MatchResult:
         """Require the last axis, a constant epsilon and a vector scale."""
         result = MatchResult()
         last = None if x.shape is None else len(x.shape) - 1
-        if _integers(axes) not in ([-1], [last]):
-            return result.fail("the mean is not over the last axis", axes)
-        if _number(epsilon) is None:
-            return result.fail("epsilon is not a constant", epsilon)
-        if scale.shape is None or len(scale.shape) != 1:
-            return result.fail("the scale is not a vector", scale)
+        if _integers(bound["axes"]) not in ([-1], [last]):
+            return result.fail("the mean is not over the last axis", x)
+        if _number(bound["epsilon"]) is None:
+            return result.fail("epsilon is not a constant", x)
+        if bound["scale"].shape is None or len(bound["scale"].shape) != 1:
+            return result.fail("the scale is not a vector", x)
         return result
 
     def rewrite(self, op: Any, x: ir.Value, scale: ir.Value, epsilon: ir.Value, **_: Any) -> ir.Value:
@@ -99,7 +97,7 @@ class DoubledScale(RewriteRuleClassBase):  # type: ignore[misc]
 
 
 class Rotary(RewriteRuleClassBase):  # type: ignore[misc]
-    """`x cos + (-x2, x1) sin` on [B, H, S, D] is `RotaryEmbedding` with half-width cos and sin [B, S, D/2]."""
+    """`x cos + (-x2, x1) sin` on [B, H, S, D] is `RotaryEmbedding` with cos and sin [B, S, D/2]."""
 
     def pattern(self, op: Any, x: Any, cos: Any, sin: Any) -> Any:
         """Match a rotation of the two halves of x."""
@@ -108,28 +106,17 @@ class Rotary(RewriteRuleClassBase):  # type: ignore[misc]
         rotated = op.Concat(op.Neg(second), first, axis=-1)
         return op.Add(op.Mul(x, cos), op.Mul(rotated, sin))
 
-    def check(
-        self,
-        context: Any,
-        x: ir.Value,
-        cos: ir.Value,
-        sin: ir.Value,
-        first: ir.Value,
-        second: ir.Value,
-        **_: Any,
-    ) -> MatchResult:
+    def check(self, context: Any, x: ir.Value, **bound: ir.Value) -> MatchResult:
         """Require equal halves of the last axis, and angles that are the same for all heads."""
         result = MatchResult()
         width = x.shape[3] if x.shape is not None and len(x.shape) == 4 else None
         if not isinstance(width, int) or width % 2:
             return result.fail("not [B, H, S, D] with a known, even D", x)
-        if _last_axis_range(first, width) != (0, width // 2) or _last_axis_range(second, width) != (
-            width // 2,
-            width,
-        ):
-            return result.fail("the slices are not the two halves", first)
-        if _undoubled(cos) is None or _undoubled(sin) is None:
-            return result.fail("cos or sin is not a doubled value", cos)
+        halves = [_last_axis_range(bound[name], width) for name in ("first", "second")]
+        if halves != [(0, width // 2), (width // 2, width)]:
+            return result.fail("the slices are not the two halves", x)
+        if _undoubled(bound["cos"]) is None or _undoubled(bound["sin"]) is None:
+            return result.fail("cos or sin is not a doubled value", x)
         return result
 
     def rewrite(self, op: Any, x: ir.Value, cos: ir.Value, sin: ir.Value, **_: Any) -> ir.Value:
@@ -138,7 +125,7 @@ class Rotary(RewriteRuleClassBase):  # type: ignore[misc]
 
 
 class PartialRotary(RewriteRuleClassBase):  # type: ignore[misc]
-    """A rotation of the first r channels, the others passed along, is one node with `rotary_embedding_dim`."""
+    """A rotation of the first r channels alone is one node with `rotary_embedding_dim`."""
 
     def pattern(self, op: Any, x: Any, cos: Any, sin: Any) -> Any:
         """Match the split, the rotation and the concatenation."""
@@ -153,7 +140,7 @@ class PartialRotary(RewriteRuleClassBase):  # type: ignore[misc]
         split = turned.shape[3] if turned.shape is not None else None
         if not isinstance(width, int) or not isinstance(split, int):
             return result.fail("unknown width", x)
-        if _last_axis_range(turned, width) != (0, split) or _last_axis_range(passed, width) != (split, width):
+        if [_last_axis_range(part, width) for part in (turned, passed)] != [(0, split), (split, width)]:
             return result.fail("the slices are not the two parts", turned)
         return result
 

@@ -12,6 +12,7 @@ from rotexport.errors import GraphError
 from rotexport.export.trace import MARKER, OPSET
 
 _SHARED = -1  # owner of what comes before the blocks
+_TOKENS = ("input_ids", "attention_mask", "position_ids")
 _CACHE = re.compile(r"(past_key_values|present)\.(\d+)\.(key|value)")
 
 
@@ -38,7 +39,7 @@ def replicate(traced: gs.Graph, source: tuple[int, ...], layers: str) -> gs.Grap
     weight = re.compile(re.escape(layers) + r"\.(\d+)\.(.*)")
     parts = _split(traced, weight, separable=source != tuple(range(len(source))))
     streams = {node.attrs["index"]: node for node in traced.nodes if node.op == MARKER}
-    copy = _Copy(weight)
+    copy = _Copy(traced, weight)
     copy.nodes(parts[_SHARED], "prologue", None)
     copy.name_stream(streams[-1], "block.0.input")
     for layer, block in enumerate(source):
@@ -47,7 +48,7 @@ def replicate(traced: gs.Graph, source: tuple[int, ...], layers: str) -> gs.Grap
         copy.name_stream(streams[block], f"block.{layer}.output")
     copy.enter(streams[max(source)])
     copy.nodes(parts[max(source) + 1], "epilogue", None)
-    return copy.finish(traced, len(source))
+    return copy.finish(len(source))
 
 
 def _split(traced: gs.Graph, weight: re.Pattern[str], separable: bool) -> dict[int, list[gs.Node]]:
@@ -77,11 +78,12 @@ def _split(traced: gs.Graph, weight: re.Pattern[str], separable: bool) -> dict[i
 class _Copy:
     """The graph being assembled, and what stands in it for each traced tensor at this moment."""
 
-    def __init__(self, weight: re.Pattern[str]) -> None:
+    def __init__(self, traced: gs.Graph, weight: re.Pattern[str]) -> None:
+        self.traced = {tensor.name: tensor for tensor in traced.inputs}
         self.weight = weight
         self.graph = gs.Graph(opset=OPSET, name="model")
         self.current: dict[int, gs.Variable] = {}
-        self.stream: gs.Variable | None = None
+        self.stream = gs.Variable("")
         self.inputs: dict[str, gs.Variable] = {}
         self.outputs: dict[str, gs.Variable] = {}
         self.constants: dict[tuple[str, tuple[int, ...], bytes], gs.Constant] = {}
@@ -90,14 +92,25 @@ class _Copy:
     def nodes(self, nodes: list[gs.Node], scope: str, layer: int | None) -> None:
         """Append copies of `nodes`, their weights and cache renamed to `layer`."""
         for node in nodes:
-            name = f"{scope}/{node.op}"
-            self.numbers[name] += 1
-            name = f"{name}_{self.numbers[name] - 1}"
             inputs = [self._read(tensor, layer) for tensor in node.inputs]
+            name = self._numbered(scope, node)
             outputs = [self._write(tensor, name, k, layer) for k, tensor in enumerate(node.outputs)]
-            self.graph.nodes.append(
-                gs.Node(node.op, name, dict(node.attrs), inputs, outputs, domain=node.domain)
-            )
+            copy = gs.Node(node.op, name, dict(node.attrs), inputs, outputs, domain=node.domain)
+            self.graph.nodes.append(copy)
+
+    def _numbered(self, scope: str, node: gs.Node) -> str:
+        # What computes with weights alone will be folded; it must not leave gaps in the numbering.
+        folds = all(isinstance(t, gs.Constant) or self._is_weight(t) for t in node.inputs)
+        name = f"{scope}/weights/{node.op}" if folds else f"{scope}/{node.op}"
+        self.numbers[name] += 1
+        return f"{name}_{self.numbers[name] - 1}"
+
+    def _is_weight(self, tensor: gs.Variable) -> bool:
+        return (
+            self.traced.get(tensor.name) is tensor
+            and tensor.name not in _TOKENS
+            and not _CACHE.fullmatch(tensor.name)
+        )
 
     def name_stream(self, marker: gs.Node, name: str) -> None:
         """Give the residual stream at a marker its name, and make it what the next block reads."""
@@ -106,24 +119,17 @@ class _Copy:
 
     def enter(self, marker: gs.Node) -> None:
         """Let what follows a marker read the present residual stream."""
-        assert self.stream is not None
         self.current[id(marker.outputs[0])] = self.stream
 
-    def finish(self, traced: gs.Graph, layers: int) -> gs.Graph:
-        """Declare inputs and outputs in the order of the contract."""
+    def finish(self, layers: int) -> gs.Graph:
+        """Declare inputs and outputs in the order of the contract; weights come last."""
         cache = [f"{n}.{kind}" for n in range(layers) for kind in ("key", "value")]
-        declared = [
-            "input_ids",
-            "attention_mask",
-            "position_ids",
-            *(f"past_key_values.{name}" for name in cache),
+        for name in _TOKENS:
+            self.inputs.setdefault(name, self._declare(self.traced[name], name))
+        inputs = [
+            self.inputs.pop(name) for name in (*_TOKENS, *(f"past_key_values.{name}" for name in cache))
         ]
-        originals = {tensor.name: tensor for tensor in traced.inputs}
-        self.graph.inputs = [
-            self.inputs.pop(name) if name in self.inputs else self._declare(originals[name], name)
-            for name in declared
-        ]
-        self.graph.inputs += self.inputs.values()  # the weights, until they are bound
+        self.graph.inputs = [*inputs, *self.inputs.values()]
         self.graph.outputs = [self.outputs["logits"], *(self.outputs[f"present.{name}"] for name in cache)]
         return self.graph
 

@@ -61,6 +61,13 @@ def check_supported(config: PretrainedConfig) -> None:
                 f"'{kind}' routes tokens to experts ({name}={getattr(config, name)}); "
                 "mixture-of-experts layers are not exported"
             )
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if part.get("rope_type") == "dynamic":
+            raise UnsupportedModelError(
+                f"'{kind}' has dynamic RoPE, whose frequencies change with the length of the text; "
+                "set rope_type in its config to one with fixed frequencies ('linear', 'yarn', 'llama3')"
+            )
 
 
 def _hollow_parameters(model: nn.Module) -> None:

@@ -9,7 +9,6 @@ in the graph without reading names.
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,10 +32,17 @@ MARKER = "Boundary"
 MASKED = -3e4  # far below any logit, yet finite in float16
 # What transformers passes to attention functions without changing what they compute here: the mask already
 # holds the window, and nothing is dropped in evaluation mode.
-_HARMLESS = frozenset(
-    "dropout sliding_window position_ids use_cache is_causal output_attentions output_hidden_states "
-    "cache_position return_dict position_embeddings".split()
-)
+_HARMLESS = {
+    "dropout",
+    "sliding_window",
+    "position_ids",
+    "position_embeddings",
+    "cache_position",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+}
 
 
 def register_interfaces() -> None:
@@ -82,7 +88,7 @@ def trace(model: PreTrainedModel) -> gs.Graph:
     return gs.import_onnx(ir.to_proto(traced))
 
 
-class _ConcatCache(Cache):
+class _ConcatCache(Cache):  # type: ignore[misc]  # torch and transformers are not followed
     """A cache whose layers start with given keys and values and grow by concatenation, windowed or not."""
 
     def __init__(self, past: tuple[torch.Tensor, ...]) -> None:
@@ -96,7 +102,7 @@ class _ConcatCache(Cache):
         return layer
 
 
-class _Cached(nn.Module):
+class _Cached(nn.Module):  # type: ignore[misc]
     """The model as a function of tensors only: the cache comes in and goes out flat."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -128,26 +134,22 @@ def _attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    **extra: Any,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Emit ONNX `Attention`; query [B, H, S, D], key and value [B, Hkv, T, D], mask [B, 1, S, T]."""
-    for name, given in extra.items():
-        if given is not None and name not in _HARMLESS:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} attends with '{name}', which is not exported"
-            )
-    if not getattr(module, "is_causal", True) or attention_mask is None:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} attends in both directions; only decoders are exported"
-        )
-    scale = scaling if scaling is not None else 1 / math.sqrt(query.shape[-1])
-    attributes = {"scale": float(scale)} | ({"softcap": float(softcap)} if softcap else {})
+    owner = type(module).__name__
+    for name, given in options.items():
+        if given is not None and name not in _HARMLESS | {"scaling", "softcap", "is_causal"}:
+            raise UnsupportedModelError(f"{owner} attends with '{name}', which is not exported")
+    causal = options.get("is_causal")
+    if not (getattr(module, "is_causal", True) if causal is None else causal) or attention_mask is None:
+        raise UnsupportedModelError(f"{owner} attends in both directions; only decoders are exported")
+    scale, softcap = options.get("scaling"), options.get("softcap")
+    attributes = {"scale": float(scale or query.shape[-1] ** -0.5)}
     mixed = torch.onnx.ops.symbolic(
         "Attention",
         (query, key, value, attention_mask),
-        attrs=attributes,
+        attrs=attributes | ({"softcap": float(softcap)} if softcap else {}),
         dtype=query.dtype,
         shape=(*query.shape[:-1], value.shape[-1]),
         version=OPSET,
@@ -156,9 +158,7 @@ def _attention(
 
 
 def _mask(
-    batch_size: int,
     q_length: int,
-    kv_length: int,
     mask_function: Callable[..., torch.Tensor],
     attention_mask: torch.Tensor | None = None,
     use_vmap: bool = False,
@@ -170,7 +170,7 @@ def _mask(
     """
     if use_vmap or attention_mask is None:
         raise UnsupportedModelError(
-            "the model overlays a mask of its own on the causal one, which is not exported"
+            "the model overlays a mask of its own on the causal one; it is not exported"
         )
     total = attention_mask.shape[1]
     query = (torch.arange(q_length) + (total - q_length)).view(1, 1, q_length, 1)
@@ -232,17 +232,14 @@ def _boundaries(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the exporter: it remarks on initializers without values, and they have none on purpose."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(level)
 
 
 def _refusal(model: PreTrainedModel, error: BaseException) -> UnsupportedModelError:
