@@ -209,9 +209,10 @@ def _packed(emitter: Emitter, levels: gs.Variable, port: CachePort) -> gs.Variab
 def _taken(emitter: Emitter, pairs: gs.Variable, labels: tuple[str, str], shape: Shape) -> list[gs.Variable]:
     """Return the first and the second of pairs [..., 2], each [..., 1]."""
     kept = float_type(pairs)
+    indices = [emitter.integers(f"{label}_index", [index]) for index, label in enumerate(labels)]
     return [
-        emitter.emit("Gather", label, [pairs, emitter.integers(f"{label}_index", [index])], shape, kept, axis=4)
-        for index, label in enumerate(labels)
+        emitter.emit("Gather", label, [pairs, index], shape, kept, axis=GROUP_AXIS)
+        for label, index in zip(labels, indices, strict=True)
     ]
 
 
