@@ -41,6 +41,12 @@ def load_function(name: str) -> onnx.FunctionProto:
 
 
 def functions_used(graph: gs.Graph) -> list[onnx.FunctionProto]:
-    """Return the body of every custom operator in a graph, each once, in order of name."""
-    names = {node.op for node in graph.nodes if node.domain == DOMAIN}
-    return [load_function(name) for name in sorted(names)]
+    """Return the bodies of the custom operators in a graph and of those they call, each once, by name."""
+    bodies: dict[str, onnx.FunctionProto] = {}
+    waiting = [node.op for node in graph.nodes if node.domain == DOMAIN]
+    while waiting:
+        name = waiting.pop()
+        if name not in bodies:
+            bodies[name] = load_function(name)
+            waiting += [node.op_type for node in bodies[name].node if node.domain == DOMAIN]
+    return [bodies[name] for name in sorted(bodies)]

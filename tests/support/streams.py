@@ -1,0 +1,213 @@
+"""Streams through the sink/window operators in ONNX Runtime, call by call, and what the definition says of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import onnxruntime as ort
+import torch
+
+from rotexport.graph.io import to_proto
+from rotexport.streaming.oracle import Definition, attend, pack, quantize, ring_positions
+
+OPERATORS = {
+    None: "SinkWindowAttention",
+    8: "SinkWindowAttentionInt8",
+    4: "SinkWindowAttentionInt4",
+    2: "SinkWindowAttentionInt2",
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Heads and sizes of one operator, beside the numbers of its definition."""
+
+    definition: Definition
+    kv_heads: int = 1
+    repeat: int = 1
+    head_size: int = 8
+    value_size: int = 8
+
+    @property
+    def query_heads(self) -> int:
+        return self.kv_heads * self.repeat
+
+
+@dataclass
+class Stream:
+    """One row: queries [Hq, N, D], keys [Hk, N, D], values [Hk, N, Dv]."""
+
+    query: np.ndarray
+    query_sink: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+
+    @property
+    def length(self) -> int:
+        return self.key.shape[1]
+
+    def expected(self, shape: Shape, decay: np.ndarray) -> np.ndarray:
+        tensors = (torch.from_numpy(t) for t in (self.query, self.query_sink, self.key, self.value, decay))
+        return attend(shape.definition, *tensors).numpy()
+
+
+def random_stream(shape: Shape, length: int, rng: np.random.Generator) -> Stream:
+    def normal(heads: int, size: int) -> np.ndarray:
+        return rng.standard_normal((heads, length, size)).astype(np.float32)
+
+    d = shape.definition
+    queries = (normal(shape.query_heads, shape.head_size) for _ in range(2))
+    if d.bits is None:
+        return Stream(
+            *queries, normal(shape.kv_heads, shape.head_size), normal(shape.kv_heads, shape.value_size)
+        )
+    stored = (
+        off_ties((shape.kv_heads, length, size), d.bits, d.group or size, rng)
+        for size in (shape.head_size, shape.value_size)
+    )
+    return Stream(*queries, *stored)
+
+
+def off_ties(shape: tuple[int, ...], bits: int, group: int, rng: np.random.Generator) -> np.ndarray:
+    """Return values at most a third of a step from their level: float32 and float64 round them alike."""
+    levels = rng.integers(0, 2**bits, (*shape[:-1], shape[-1] // group, group)).astype(float)
+    levels += rng.uniform(-0.33, 0.33, levels.shape)
+    levels[..., 0], levels[..., 1] = 0, 2**bits - 1
+    step = rng.uniform(0.5, 2, (*levels.shape[:-1], 1)) * 3 / 2**bits
+    values = rng.permuted(levels, axis=-1) * step + rng.normal(size=step.shape)
+    return values.reshape(shape).astype(np.float32)
+
+
+class Caller:
+    """An operator in a session of its own, with the cache of a batch."""
+
+    def __init__(self, shape: Shape, batch: int, decay: np.ndarray | None = None) -> None:
+        self.shape = shape
+        self.decay = np.zeros(shape.query_heads, np.float32) if decay is None else decay
+        self.session = session(shape)
+        self.past = np.zeros(batch, np.int32)
+        inputs = {port.name: port for port in self.session.get_inputs()}
+        self.cache = {
+            name: np.zeros((batch, *port.shape[1:]), np.int8 if port.type == "tensor(int8)" else np.float32)
+            for name, port in inputs.items()
+            if name.startswith(("sink_", "window_"))
+        }
+
+    def call(self, streams: list[Stream], new: list[int], size: int, rng: np.random.Generator) -> np.ndarray:
+        """Feed the next new[b] tokens of each stream, padded with noise to `size`; return [B, Hq, size, Dv]."""
+
+        def padded(tensor: np.ndarray, past: int, count: int) -> np.ndarray:
+            noise = rng.standard_normal((tensor.shape[0], size - count, tensor.shape[2])).astype(np.float32)
+            return np.concatenate([tensor[:, past : past + count], noise], axis=1)
+
+        feeds = {
+            name: np.stack(
+                [padded(getattr(s, name), p, n) for s, p, n in zip(streams, self.past, new, strict=True)]
+            )
+            for name in ("query", "query_sink", "key", "value")
+        }
+        lengths = {"past_length": self.past, "new_length": np.array(new, np.int32)}
+        positions = self.past[:, None] + np.arange(size)
+        output, *presents = self.session.run(
+            None, {**feeds, **lengths, **self.cache, "positions": positions, "decay": self.decay}
+        )
+        self.cache = dict(zip(self.cache, presents, strict=True))
+        self.past = self.past + np.array(new, np.int32)
+        return output
+
+
+def run_stream(
+    shape: Shape, stream: Stream, calls: list[int], decay: np.ndarray | None = None
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Run one row in calls of the given sizes; return its outputs [Hq, N, Dv] and the final cache."""
+    caller = Caller(shape, 1, decay)
+    rng = np.random.default_rng(0)
+    outputs = [caller.call([stream], [size], size, rng)[0] for size in calls]
+    return np.concatenate(outputs, axis=1), caller.cache
+
+
+def expected_cache(shape: Shape, streams: list[Stream], lengths: list[int]) -> dict[str, np.ndarray]:
+    """Return the cache that the definition asks for after `lengths` tokens of each row."""
+    rows = [_row_cache(shape, stream, length) for stream, length in zip(streams, lengths, strict=True)]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _row_cache(shape: Shape, stream: Stream, length: int) -> dict[str, np.ndarray]:
+    d = shape.definition
+    row = {}
+    for kind in ("key", "value"):
+        tensor = torch.from_numpy(getattr(stream, kind))
+        heads, _, size = tensor.shape
+        sinks = torch.zeros(heads, max(d.sinks, 1), size)
+        held = min(d.sinks, length)
+        sinks[:, :held] = tensor[:, :held]
+        row[f"sink_{kind}"] = sinks.numpy()
+        if d.bits is None:
+            stored = {f"window_{kind}": tensor}
+        else:
+            grid = quantize(tensor, d.bits, d.group or size)
+            stored = {
+                f"window_{kind}": pack(grid.levels, d.bits),
+                f"window_{kind}_scale": torch.stack([grid.steps, grid.minima], -1).float(),
+            }
+        for name, content in stored.items():
+            ring = torch.zeros(heads, d.window, *content.shape[2:], dtype=content.dtype)
+            for slot, j in enumerate(ring_positions(length, d.sinks, d.window)):
+                if j is not None:
+                    ring[:, slot] = content[:, j]
+            row[name] = ring.numpy()
+    return row
+
+
+def operator_graph(shape: Shape, dtype: type = np.float32) -> gs.Graph:
+    """Return a graph of one operator node, every input and output a graph input or output."""
+    d = shape.definition
+    batch, tokens = "batch", "sequence"
+    heads, kv, slots = shape.query_heads, shape.kv_heads, max(d.sinks, 1)
+    sizes = {"key": shape.head_size, "value": shape.value_size}
+    inputs = [
+        gs.Variable("positions", np.int64, [batch, tokens]),
+        *(
+            gs.Variable(name, dtype, [batch, heads, tokens, shape.head_size])
+            for name in ("query", "query_sink")
+        ),
+        *(gs.Variable(kind, dtype, [batch, kv, tokens, size]) for kind, size in sizes.items()),
+        *(gs.Variable(name, np.int32, [batch]) for name in ("past_length", "new_length")),
+        gs.Variable("decay", np.float32, [heads]),
+    ]
+    cached = [gs.Variable(f"sink_{kind}", dtype, [batch, kv, slots, size]) for kind, size in sizes.items()]
+    for kind, size in sizes.items():
+        width, stored = (size, dtype) if d.bits is None else (size * d.bits // 8, np.int8)
+        cached.append(gs.Variable(f"window_{kind}", stored, [batch, kv, d.window, width]))
+    if d.bits is not None:
+        cached += [
+            gs.Variable(f"window_{kind}_scale", dtype, [batch, kv, d.window, size // (d.group or size), 2])
+            for kind, size in sizes.items()
+        ]
+    output = gs.Variable("output", dtype, [batch, heads, tokens, shape.value_size])
+    presents = [gs.Variable(f"present_{t.name}", t.dtype, t.shape) for t in cached]
+    attributes = {
+        "sinks": d.sinks, "window": d.window, "query_heads": heads, "kv_heads": kv, "head_size": shape.head_size,
+        "value_size": shape.value_size, "scale": d.scale, "softcap": d.softcap,
+    }  # fmt: skip
+    node = gs.Node(
+        OPERATORS[d.bits],
+        "attention",
+        attributes,
+        [*inputs, *cached],
+        [output, *presents],
+        domain="rotexport",
+    )
+    return gs.Graph([node], [*inputs, *cached], [output, *presents], opset=23)
+
+
+@cache
+def session(shape: Shape) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    model = to_proto(operator_graph(shape))
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
