@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -10,9 +11,14 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
+from rotexport.checkpoint import Checkpoint
 from rotexport.errors import RotexportError
 
 Windows: TypeAlias = npt.NDArray[np.int64]
+
+SAMPLE_LENGTH = 512  # tokens per window, or the model's context where that is shorter
+PERPLEXITY_WINDOWS = 2
+CALIBRATION_WINDOWS = 16
 
 _SENTENCES = re.compile(r"[A-Z].*[.:!?]", re.DOTALL)
 _MARKUP = re.compile(r"\*\*|``|(?<!\w)\*|\*(?!\w)")
@@ -92,3 +98,38 @@ def token_windows(
 def random_windows(vocabulary: int, length: int, count: int, seed: int = 0) -> Windows:
     """Return uniformly random token ids [count, length], for models without a tokenizer."""
     return np.random.default_rng(seed).integers(0, vocabulary, (count, length), dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The token ids that a build looks at; no token serves two purposes.
+
+    `tokens` [S] validate every pass, `windows` [W, L] give perplexities, `calibration` [C, L] set static scales.
+    """
+
+    tokens: npt.NDArray[np.int64]
+    windows: Windows
+    calibration: Windows
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, calibration: Path | None = None) -> Samples:
+        """Cut them from Python's own prose, with `calibration` windows from a text file if one is given.
+
+        A model without a tokenizer gets random tokens.
+
+        Raises:
+            RotexportError: the calibration text is too short, or cannot be read, or there is no tokenizer for it.
+        """
+        length = min(SAMPLE_LENGTH, getattr(checkpoint.config, "max_position_embeddings", SAMPLE_LENGTH))
+        proof = 1 + PERPLEXITY_WINDOWS
+        tokenizer = checkpoint.tokenizer()
+        if tokenizer is None:
+            if calibration is not None:
+                raise RotexportError(f"the model has no tokenizer to read '{calibration}' with; leave it out")
+            windows = random_windows(checkpoint.config.vocab_size, length, proof + CALIBRATION_WINDOWS)
+            return cls(windows[0], windows[1:proof], windows[proof:])
+        windows = token_windows(tokenizer, default_text(), length)[: proof + CALIBRATION_WINDOWS]
+        seen = windows[proof:]
+        if calibration is not None:
+            seen = token_windows(tokenizer, read_text(calibration), length)[:CALIBRATION_WINDOWS]
+        return cls(windows[0], windows[1:proof], seen)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from rotexport.checkpoint.gguf_file import GgufFile
-from rotexport.errors import UnsupportedModelError
+from rotexport.errors import CheckpointError, UnsupportedModelError
 
 ROPE_FACTORS = "rope_freqs.weight"
 _MORE_KEYS = {
@@ -32,9 +32,22 @@ def read_config(file: GgufFile) -> PretrainedConfig:
     """Translate the metadata of a file whose architecture is in transformers' table.
 
     Raises:
+        CheckpointError: a value is missing or illegal.
         UnsupportedModelError: the file scales positions in a way that is not understood.
     """
     architecture = file.metadata["general.architecture"]
+    try:
+        return AutoConfig.for_model(
+            _MODEL_TYPES.get(architecture, architecture), **_fields(file, architecture)
+        )
+    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"{file.path} describes no valid {architecture!r} model ({' '.join(str(error).split())}); "
+            "download it again"
+        ) from error
+
+
+def _fields(file: GgufFile, architecture: str) -> dict[str, Any]:
     fields = _renamed(file, f"{architecture}.", _MORE_KEYS | GGUF_CONFIG_MAPPING[architecture])
     fields |= _renamed(file, "tokenizer.", GGUF_CONFIG_MAPPING["tokenizer"])
     fields["tie_word_embeddings"] = "output.weight" not in file.tensors
@@ -47,7 +60,7 @@ def read_config(file: GgufFile) -> PretrainedConfig:
         rope = {"rope_theta": fields.pop("rope_theta", 10000.0), **scaling}
         local = {"full_attention": rope, "sliding_attention": _LOCAL_ROPE}
         fields["rope_parameters"] = local if architecture == "gemma3" else rope
-    return AutoConfig.for_model(_MODEL_TYPES.get(architecture, architecture), **fields)
+    return fields
 
 
 def _renamed(file: GgufFile, prefix: str, keys: dict[str, str | None]) -> dict[str, Any]:
@@ -58,11 +71,11 @@ def _renamed(file: GgufFile, prefix: str, keys: dict[str, str | None]) -> dict[s
     }
 
 
-def _gemma_query_scalar(architecture: str, fields: dict[str, Any]) -> float:
+def _gemma_query_scalar(architecture: str, fields: dict[str, Any]) -> int:
     """Return what attention divides by the root of, which is not in the file: the head size, but for 27B."""
     if fields.get("num_hidden_layers") == _GEMMA_27B_BLOCKS[architecture]:
-        return float(fields["hidden_size"] / fields["num_attention_heads"])
-    return float(fields.get("head_dim", 256))
+        return int(fields["hidden_size"] // fields["num_attention_heads"])
+    return int(fields.get("head_dim", 256))
 
 
 def _rope_scaling(file: GgufFile, architecture: str, fields: dict[str, Any]) -> dict[str, Any] | None:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
 
 from rotexport.checkpoint.gguf_tensor import GgufTensor
 from rotexport.errors import CheckpointError
@@ -85,8 +87,10 @@ class _Cursor:
             raise ValueError(f"an array of {count} elements at byte {self.position} does not fit the file")
         if element in _SCALARS:
             return list(self.numbers(f"{count}{_SCALARS[element]}"))
+        if element != _STRING:
+            raise ValueError(f"an array of type {element} at byte {self.position} does not exist")
         for _ in range(count):
-            self.skip_string() if element == _STRING else self.value(element)
+            self.skip_string()
         return count
 
 
@@ -100,18 +104,31 @@ def _read(path: Path, cursor: _Cursor, size: int) -> GgufFile:
         metadata[key] = cursor.value(*cursor.numbers("I"))
     entries = [_read_entry(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"general.alignment is {alignment!r}")
     start = -(-cursor.position // alignment) * alignment
     tensors = {}
     for name, kind, shape, offset in entries:
         tensor = GgufTensor(path, start + offset, kind, shape)
         end = tensor.offset + tensor.stored_bytes
-        if shape[-1] % tensor.block_length or end > size:
+        if min(shape) < 1 or shape[-1] % tensor.block_length or end > size:
             raise CheckpointError(
                 f"{path} is truncated or corrupt: it has {size} bytes, and tensor {name!r} "
                 f"({kind.name} {list(shape)}) ends at byte {end}; download it again"
             )
         tensors[name] = tensor
+    for kind in {tensor.kind for tensor in tensors.values()}:
+        _check_readable(path, kind)
     return GgufFile(path, metadata, tensors)
+
+
+def _check_readable(path: Path, kind: GGMLQuantizationType) -> None:
+    try:
+        dequantize(np.zeros((1, int(GGML_QUANT_SIZES[kind][1])), np.uint8), kind)
+    except NotImplementedError as error:
+        raise CheckpointError(
+            f"{path} stores tensors as {kind.name}, which cannot be dequantized; use another quantization"
+        ) from error
 
 
 def _read_entry(cursor: _Cursor) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int]:

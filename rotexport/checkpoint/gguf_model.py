@@ -15,7 +15,7 @@ from rotexport.checkpoint.gguf_file import GgufFile, read_gguf
 from rotexport.checkpoint.gguf_tensor import HalvesRestored
 from rotexport.checkpoint.skeleton import skeleton
 from rotexport.errors import CheckpointError, UnsupportedModelError
-from rotexport.graph.weights import Affine, Transposed, Weight
+from rotexport.graph.weights import Affine, Weight
 
 
 def open_gguf(path: Path) -> Checkpoint:
@@ -26,7 +26,7 @@ def open_gguf(path: Path) -> Checkpoint:
         UnsupportedModelError: its architecture, or its kind of position scaling, is not read from GGUF.
     """
     file = read_gguf(path)
-    architecture = file.metadata.get("general.architecture")
+    architecture = str(file.metadata.get("general.architecture"))
     if architecture not in _RESTORE:
         raise UnsupportedModelError(
             f"{path} has architecture {architecture!r}; read from GGUF are {', '.join(_RESTORE)}: "
@@ -75,12 +75,6 @@ def _norms_without_one(name: str, weight: Weight, config: PretrainedConfig) -> W
     return Affine(weight, 1.0, -1.0) if name.endswith("norm.weight") else weight
 
 
-def _gpt2(name: str, weight: Weight, config: PretrainedConfig) -> Weight:
-    """GPT-2's projections are [in, out] in transformers, [out, in] in llama.cpp."""
-    projections = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")
-    return Transposed(weight) if name.endswith(projections) else weight
-
-
 _RESTORE: dict[str, Callable[[str, Weight, PretrainedConfig], Weight]] = {
     "llama": _llama,
     "qwen2": _as_stored,
@@ -90,5 +84,4 @@ _RESTORE: dict[str, Callable[[str, Weight, PretrainedConfig], Weight]] = {
     "gemma2": _norms_without_one,
     "gemma3": _norms_without_one,
     "nemotron": _norms_without_one,
-    "gpt2": _gpt2,
 }

@@ -63,7 +63,7 @@ class GgufTensor(Weight):
         """Map the file: bytes [..., blocks in a row, bytes in a block]."""
         raw = np.memmap(self.path, np.uint8, "r", self.offset, (self.stored_bytes,))
         blocks = self.stored_shape[-1] // self.block_length
-        return raw.reshape(*self.stored_shape[:-1], blocks, -1)
+        return raw.reshape(*self.stored_shape[:-1], blocks, int(GGML_QUANT_SIZES[self.kind][1]))
 
     def _values(self, blocks: Array) -> Array:
         rows = np.array(blocks, order="C", subok=False).reshape(*blocks.shape[:-2], -1)
