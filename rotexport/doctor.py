@@ -99,7 +99,7 @@ def find_gpus(query: Query = nvidia_smi) -> tuple[Gpu, ...]:
 
 
 def require(target: str, gpus: Sequence[str], query: Query = nvidia_smi) -> None:
-    """Raise TargetError, with what to install or plug in, when engines for these GPUs cannot be built here."""
+    """Raise TargetError, with what is missing, when engines for these GPUs cannot be built here."""
     packages = {name: _version(name) for name in PACKAGES}
     present = find_gpus(query) if target == "tensorrt" else ()
     status = _status(target, packages, present)
@@ -108,8 +108,8 @@ def require(target: str, gpus: Sequence[str], query: Query = nvidia_smi) -> None
     absent = sorted(set(gpus) - {gpu.capability for gpu in present}) if target == "tensorrt" else []
     if absent:
         raise TargetError(
-            f"target tensorrt builds for the GPU present ({present[0].capability}), not for {', '.join(absent)}; "
-            "use target tensorrt-rtx, or a machine with that GPU"
+            f"target tensorrt builds for the GPU present ({present[0].capability}), "
+            f"not for {', '.join(absent)}; use target tensorrt-rtx, or a machine with that GPU"
         )
 
 

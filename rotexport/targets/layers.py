@@ -46,6 +46,7 @@ _PRODUCTS: Final = {
     "BFloat16": Kernel.BF16,
     "Float": Kernel.FP32,
 }
+_FLOAT: Final = {"fp16": Kernel.FP16, "bf16": Kernel.BF16, "fp32": Kernel.FP32}
 _WEIGHT_ONLY: Final = {"Int4": Kernel.INT4_WEIGHTS, "Int8": Kernel.INT8_WEIGHTS, "FP8": Kernel.FP8_WEIGHTS}
 
 
@@ -140,6 +141,19 @@ def assert_kernels(layers: Iterable[Layer], expected: Mapping[str, Kernel], engi
             "choose formats the target runs (see `rotexport doctor`), or override these sites\n"
             + "\n".join(lines)
         )
+
+
+def expected_kernel(weights: str, activations: str, dtype: str) -> Kernel:
+    """Return the kernel that formats of a product ask for; `dtype` is that of its floats.
+
+    4-bit factors are unpacked to int8 in front of an integer product. Float weights keep a float product
+    whatever is done to the activations.
+    """
+    if weights == "none":
+        return _FLOAT[dtype]
+    if activations == "none":
+        return {"int4": Kernel.INT4_WEIGHTS, "int8": Kernel.INT8_WEIGHTS, "fp8": Kernel.FP8_WEIGHTS}[weights]
+    return Kernel.FP8 if weights == "fp8" else Kernel.INT8
 
 
 def _names(built: frozenset[Kernel] | None) -> str:
