@@ -22,7 +22,7 @@ from torch import nn
 from rotexport.errors import ValidationError
 from rotexport.evaluate import Evaluation, evaluate
 from rotexport.export.blocks import decoder_layers
-from rotexport.graph.io import WeightFile, save_model
+from rotexport.graph.io import Scratch, save_model
 from rotexport.graph.weights import Array
 from rotexport.metrics import (
     Comparison,
@@ -60,17 +60,17 @@ class PassValidator:
     """Follows a graph through its passes; the graph after one pass is the graph before the next.
 
     Args:
-        weights: scratch data file; scratch models are written beside it. A pass costs the bytes it changed.
+        scratch: where graphs are saved to be run. A pass costs the bytes it changed.
         tokens: real token ids [S].
         tolerances: the largest relative logit error by what a pass promises.
 
     """
 
     def __init__(
-        self, weights: WeightFile, tokens: Array, tolerances: dict[Preserves, float] | None = None
+        self, scratch: Scratch, tokens: Array, tolerances: dict[Preserves, float] | None = None
     ) -> None:
         self.records: list[PassValidation] = []
-        self._weights = weights
+        self._scratch = scratch
         self._tokens = tokens
         self._tolerances = tolerances or TOLERANCES
         self._before: Array | None = None
@@ -111,10 +111,11 @@ class PassValidator:
         return PassValidation(rewrite.name, rewrite.preserves, comparison)
 
     def _logits(self, graph: gs.Graph, what: str) -> Array:
-        path = self._weights.path.with_suffix(".onnx")
-        save_model(graph, path, self._weights)
+        path = self._scratch.directory / "validated.onnx"
+        save_model(graph, path, self._scratch)
         logits: Array = OnnxModel(path).run_in_pieces(self._tokens[None], _pieces(self._tokens))["logits"][0]
         _check_finite(logits, what)
+        self._scratch.retire(graph)
         return logits
 
 

@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from rotexport.errors import ValidationError
-from rotexport.graph.io import WeightFile
+from rotexport.graph.io import Scratch
 from rotexport.metrics import EQUAL_DB, Thresholds
 from rotexport.passes.base import Pass, PassReport, Preserves
 from rotexport.validate import PassValidator, StreamView, observe_reference, prove
@@ -137,7 +137,7 @@ def toy():
 
 @pytest.fixture
 def scratch(tmp_path):
-    return WeightFile(tmp_path / "scratch.data")
+    return Scratch(tmp_path)
 
 
 def validated(scratch, graph, *passes):
