@@ -81,6 +81,7 @@ class _Copy:
     def __init__(self, traced: gs.Graph, weight: re.Pattern[str]) -> None:
         self.traced = {tensor.name: tensor for tensor in traced.inputs}
         self.weight = weight
+        self.weights = {name for name in self.traced if name not in _TOKENS and not _CACHE.fullmatch(name)}
         self.graph = gs.Graph(opset=OPSET, name="model")
         self.current: dict[int, gs.Variable] = {}
         self.stream = gs.Variable("")
@@ -100,17 +101,10 @@ class _Copy:
 
     def _numbered(self, scope: str, node: gs.Node) -> str:
         # What computes with weights alone will be folded; it must not leave gaps in the numbering.
-        folds = all(isinstance(t, gs.Constant) or self._is_weight(t) for t in node.inputs)
+        folds = all(isinstance(tensor, gs.Constant) or tensor.name in self.weights for tensor in node.inputs)
         name = f"{scope}/weights/{node.op}" if folds else f"{scope}/{node.op}"
         self.numbers[name] += 1
         return f"{name}_{self.numbers[name] - 1}"
-
-    def _is_weight(self, tensor: gs.Variable) -> bool:
-        return (
-            self.traced.get(tensor.name) is tensor
-            and tensor.name not in _TOKENS
-            and not _CACHE.fullmatch(tensor.name)
-        )
 
     def name_stream(self, marker: gs.Node, name: str) -> None:
         """Give the residual stream at a marker its name, and make it what the next block reads."""

@@ -10,7 +10,7 @@ import copy
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rotexport.checkpoint.skeleton import skeleton
 from rotexport.errors import UnsupportedModelError
@@ -46,15 +46,8 @@ def hollow_model(config: PretrainedConfig, attention: str, trust_remote_code: bo
 def check_supported(config: PretrainedConfig) -> None:
     """Refuse architectures that have no canonical form, from the config alone."""
     kind = config.model_type
-    if config.get_text_config(decoder=True) is not config:
-        raise UnsupportedModelError(
-            f"'{kind}' is not a text-only decoder; extract its language model and export that"
-        )
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"'{kind}' is an encoder-decoder; only decoders are exported")
-    remote = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
-        raise UnsupportedModelError(f"'{kind}' is not a causal language model that transformers knows")
     for name in _EXPERT_COUNTS:
         if (getattr(config, name, 0) or 0) > 1:
             raise UnsupportedModelError(

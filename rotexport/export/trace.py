@@ -8,6 +8,7 @@ in the graph without reading names.
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,8 +20,9 @@ import onnx_ir as ir
 import torch
 from onnxscript import optimizer
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from rotexport.errors import UnsupportedModelError
 from rotexport.export.blocks import decoder_layers
@@ -64,20 +66,21 @@ def trace(model: PreTrainedModel) -> gs.Graph:
     count = model.config.num_hidden_layers
     past = [f"past_key_values.{n}.{kind}" for n in range(count) for kind in ("key", "value")]
     present = [f"present.{n}.{kind}" for n in range(count) for kind in ("key", "value")]
-    arguments, axes = _example_inputs(model, len(past))
-    with _boundaries(model), _quiet():
+    with _quiet():
         try:
-            program = torch.onnx.export(
-                _Cached(model).eval(),
-                arguments,
-                dynamic_shapes=axes,
-                dynamo=True,
-                optimize=False,
-                opset_version=OPSET,
-                input_names=["input_ids", "attention_mask", "position_ids", *past],
-                output_names=["logits", *present],
-                verbose=False,
-            )
+            arguments, axes = _example_inputs(_cache_shapes(model))
+            with _boundaries(model):
+                program = torch.onnx.export(
+                    _Cached(model).eval(),
+                    arguments,
+                    dynamic_shapes=axes,
+                    dynamo=True,
+                    optimize=False,
+                    opset_version=OPSET,
+                    input_names=["input_ids", "attention_mask", "position_ids", *past],
+                    output_names=["logits", *present],
+                    verbose=False,
+                )
         except Exception as error:
             raise _refusal(model, error) from error
     traced = program.model
@@ -180,17 +183,26 @@ def _mask(
     return torch.where(visible, 0.0, MASKED)
 
 
-def _example_inputs(model: PreTrainedModel, count: int) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...]]:
-    config = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def _cache_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """Return heads and head size of every cache tensor, by a forward pass on shapes alone."""
+    cache = DynamicCache()
+    probe = copy.deepcopy(model)  # modules may keep what they compute, and here that is fake
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        ids = torch.zeros(1, 2, dtype=torch.int64)
+        seen = torch.ones_like(ids)
+        probe(input_ids=ids, attention_mask=seen, position_ids=ids, past_key_values=cache, use_cache=True)
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return [(tensor.shape[1], tensor.shape[3]) for tensor in tensors]
+
+
+def _example_inputs(cache: list[tuple[int, int]]) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...]]:
     batch, sequence, past = 2, 3, 5  # distinct, and neither 0 nor 1, which torch.export would specialize
     ids = torch.zeros(batch, sequence, dtype=torch.int64)
     seen = torch.ones(batch, past + sequence, dtype=torch.int64)
-    cache = [torch.zeros(batch, heads, past, width) for _ in range(count)]
+    filled = [torch.zeros(batch, heads, past, width) for heads, width in cache]
     b, s, p, t = (torch.export.Dim(name) for name in ("batch", "sequence", "past", "total"))
     axes = ({0: b, 1: s}, {0: b, 1: t}, {0: b, 1: s}, tuple({0: b, 2: p} for _ in cache))
-    return (ids, seen, ids.clone(), *cache), axes
+    return (ids, seen, ids.clone(), *filled), axes
 
 
 def _mark(stream: torch.Tensor, index: int) -> torch.Tensor:
