@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rotexport.checkpoint.checkpoint import Checkpoint
-from rotexport.graph.weights import Weight
+from rotexport.graph.weights import SLAB_ELEMENTS, Weight
 
 
 def reference_model(checkpoint: Checkpoint, max_resident_bytes: int = 1 << 30) -> PreTrainedModel:
@@ -81,5 +81,12 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _tensor(weight: Weight) -> torch.Tensor:
-    """Read a weight as a float32 tensor of its own."""
-    return torch.from_numpy(np.array(weight.read(), dtype=np.float32, order="C"))
+    """Read a weight as a float32 tensor of its own, slab by slab: no second copy of the whole exists."""
+    if not weight.shape or 0 in weight.mixes:
+        return torch.from_numpy(np.array(weight.read(), np.float32))
+    values = np.empty(weight.shape, np.float32)
+    step = max(1, SLAB_ELEMENTS * weight.shape[0] // max(1, values.size))
+    for start in range(0, weight.shape[0], step):
+        stop = min(start + step, weight.shape[0])
+        values[start:stop] = weight.slab(0, start, stop).astype(weight.dtype, copy=False)
+    return torch.from_numpy(values)

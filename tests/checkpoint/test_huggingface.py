@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -278,3 +279,39 @@ def test_tensors_that_transformers_rearranges(tmp_path):
     MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="pass the model object instead"):
         open_checkpoint(tmp_path)
+
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+(Path({directory!r}) / "ran").touch()
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def own_code(saved, monkeypatch, tmp_path):
+    """A model that brings its own code, which leaves a file behind when it runs."""
+    model, directory = saved
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))  # transformers appends its module cache
+    (directory / "own.py").write_text(CODE.format(directory=str(directory)))
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    edit_config(directory, model_type="own", auto_map=auto_map)
+    return model, directory
+
+
+def test_code_of_a_model_does_not_run_by_default(own_code):
+    _, directory = own_code
+    with pytest.raises(UnsupportedModelError, match=r"'own'.*--trust-remote-code"):
+        open_checkpoint(directory)
+    assert not (directory / "ran").exists()
+
+
+def test_code_of_a_model_runs_when_trusted(own_code):
+    model, directory = own_code
+    assert_same_weights(open_checkpoint(directory, trust_remote_code=True), model)
+    assert (directory / "ran").exists()
