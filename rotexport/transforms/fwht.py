@@ -13,7 +13,8 @@ from rotexport.transforms.orders import base_matrix, base_order
 
 Array: TypeAlias = npt.NDArray[Any]
 
-CHUNK_ELEMENTS = 1 << 20  # transformed at a time: a few 8 MB temporaries, however large the array
+CHUNK_ELEMENTS = 1 << 17  # transformed at a time: a few 1 MB temporaries, which stay in the cache
+SINGLE_THREADED = 1 << 17  # multiplications that OpenBLAS and MKL do not spread over threads
 LARGEST_FACTOR = 64  # of Sylvester's matrix: products this wide run at matrix-multiplication speed
 
 
@@ -72,9 +73,21 @@ def _multiply(rows: Array, factors: list[Array], work: Array, result: Array) -> 
     product, moved = work[0, :count], work[1, :count]
     for factor in reversed(factors):
         order = len(factor)
-        np.matmul(rows.reshape(-1, order), factor, out=product.reshape(-1, order))
+        _matmul(rows.reshape(-1, order), factor, product.reshape(-1, order))
         rows = result if factor is factors[0] else moved
         axes_moved = product.reshape(count, length // order, order).swapaxes(1, 2)
         np.copyto(rows.reshape(count, order, length // order), axes_moved)
     if not factors:
         np.copyto(result, rows)
+
+
+def _matmul(rows: Array, factor: Array, result: Array) -> None:
+    """Write rows · factor to `result`, in products so small that BLAS does not wake its other threads.
+
+    On tall, narrow matrices they gain nothing, and on a busy machine they cost ten times the product.
+    """
+    order = len(factor)
+    height = max(1, SINGLE_THREADED // order**2)
+    even = len(rows) // height * height
+    np.matmul(rows[:even].reshape(-1, height, order), factor, out=result[:even].reshape(-1, height, order))
+    np.matmul(rows[even:], factor, out=result[even:])
