@@ -16,6 +16,7 @@ import onnx
 
 from rotexport.errors import OutputError, TargetError
 from rotexport.targets import builder_process
+from rotexport.targets.inlining import inline
 from rotexport.targets.layers import Kernel, Layer, assert_kernels, parse_layers
 from rotexport.targets.lint import lint
 from rotexport.targets.lowering import lower
@@ -64,7 +65,7 @@ def build_engines(request: EngineRequest, directory: Path, progress: Progress) -
         OutputError: the directory cannot be written.
 
     """
-    model = onnx.load(str(request.model), load_external_data=False)
+    model = inline(onnx.load(str(request.model), load_external_data=False), request.model.parent)
     lint(model)
     shapes = _profiles(request, model)
     lowered = request.model.with_suffix(f".{request.target}.onnx")  # beside it, so that the weights are found

@@ -22,13 +22,12 @@ _PASS_THROUGH: Final = ("Reshape", "Transpose", "Identity", "Unsqueeze", "Squeez
 
 
 class Graph:
-    """A model's top-level graph, indexed by tensor name."""
+    """A model's graph, its functions expanded, indexed by tensor name."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.nodes = list(model.graph.node)
         self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
         self.producers = {output: node for node in self.nodes for output in node.output}
-        self.local = {(function.domain, function.name) for function in model.functions}
 
     def dequantize(self, tensor: str) -> onnx.NodeProto | None:
         """Return the DequantizeLinear a value comes from, looking through operators that only move it."""
@@ -97,8 +96,8 @@ def _attention(graph: Graph, node: onnx.NodeProto) -> Iterator[str]:
 
 
 def _tables(graph: Graph, node: onnx.NodeProto) -> Iterator[str]:
-    """Quantized constants reach DequantizeLinear, or a function's inputs."""
-    if node.op_type == "DequantizeLinear" or (node.domain, node.op_type) in graph.local:
+    """Quantized constants reach DequantizeLinear only."""
+    if node.op_type == "DequantizeLinear":
         return
     for name in node.input:
         if name in graph.initializers and graph.initializers[name].data_type in _QUANTIZED:

@@ -1,0 +1,138 @@
+"""Expand custom operators into standard ones, computing once what many layers would compute again.
+
+TensorRT-RTX inlines function bodies itself, but names their quantization layers after the body alone, so a
+second call of the same function fails to parse; and it repeats per layer, on every run, what depends on
+tables only. Here bodies are expanded first; inside them, what follows from small constants is computed,
+and equal expressions are shared between all calls. Nodes of the model's own graph stay as they are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import helper, numpy_helper
+from onnx.external_data_helper import load_external_data_for_tensor
+from onnx.inliner import inline_local_functions
+from onnx.reference import ReferenceEvaluator
+
+LARGEST_TABLE: Final = 1 << 20  # elements of a constant that bodies compute with
+
+Array: TypeAlias = npt.NDArray[Any]
+Key: TypeAlias = tuple[Any, ...]
+
+
+def inline(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+    """Return a model without local functions that computes the same; `folder` holds its external data."""
+    if not model.functions:
+        return model
+    own = {output for node in model.graph.node if not _is_call(node, model) for output in node.output}
+    inlined: onnx.ModelProto = inline_local_functions(model)
+    sharing = _Sharing(inlined, folder, own)
+    for node in list(inlined.graph.node):
+        sharing.visit(node)
+    del inlined.graph.node[:]
+    inlined.graph.node.extend(sharing.nodes)
+    return inlined
+
+
+def _is_call(node: onnx.NodeProto, model: onnx.ModelProto) -> bool:
+    return any((node.domain, node.op_type) == (f.domain, f.name) for f in model.functions)
+
+
+class _Sharing:
+    """One walk over topologically sorted nodes; collects those that remain."""
+
+    def __init__(self, model: onnx.ModelProto, folder: Path, own: set[str]) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self._graph, self._folder, self._own = model.graph, folder, own
+        self._opsets = list(model.opset_import)
+        self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._values: dict[str, Array | None] = {}  # of initializers and computed tensors; None: too large
+        self._stored: dict[Key, str] = {}
+        self._same: dict[str, str] = {}  # tensor -> its equal
+        self._seen: dict[Key, list[str]] = {}
+        self._outputs = {value.name for value in model.graph.output}
+        values = (*model.graph.input, *model.graph.value_info, *model.graph.output)
+        self._types = {value.name: value.type.tensor_type.elem_type for value in values}
+
+    def visit(self, node: onnx.NodeProto) -> None:
+        """Keep, share or compute one node."""
+        self._rename(node)
+        if set(node.output) & self._own or any(a.HasField("g") or a.graphs for a in node.attribute):
+            self._keep(node)
+            return
+        self._type_casts(node)
+        key = (node.op_type, node.domain, *node.input, "|", *(a.SerializeToString() for a in node.attribute))
+        equal = self._seen.setdefault(key, list(node.output))
+        if equal != list(node.output) and not set(node.output) & self._outputs:
+            self._same |= dict(zip(node.output, equal, strict=True))
+        elif not self._compute(node):
+            node.name = f"{node.output[0]}.{node.op_type}"
+            self._keep(node)
+
+    def _keep(self, node: onnx.NodeProto) -> None:
+        for index, name in enumerate(node.input):
+            node.input[index] = self._reference(name)
+        self.nodes.append(node)
+
+    def _rename(self, node: onnx.NodeProto) -> None:
+        for index, name in enumerate(node.input):
+            node.input[index] = self._same.get(name, name)
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                for inner in graph.node:
+                    self._rename(inner)
+                    for index, name in enumerate(inner.input):
+                        inner.input[index] = self._reference(name)
+
+    def _type_casts(self, node: onnx.NodeProto) -> None:
+        """Turn CastLike into Cast where the type is known, so that casts of one table are equal."""
+        to = self._types.get(node.input[1], 0) if node.op_type == "CastLike" else 0
+        if to:
+            del node.input[1:]
+            node.op_type = "Cast"
+            node.attribute.append(helper.make_attribute("to", to))
+
+    def _compute(self, node: onnx.NodeProto) -> bool:
+        """Evaluate a node whose inputs are all known and small; say whether that was so."""
+        values = [self._value(name) for name in node.input]
+        if any(value is None for value in values) or set(node.output) & self._outputs:
+            return False
+        inputs = [helper.make_tensor_value_info(name, 0, None) for name in dict.fromkeys(node.input)]
+        outputs = [helper.make_tensor_value_info(name, 0, None) for name in node.output]
+        graph = helper.make_graph([node], "node", inputs, outputs)
+        evaluator = ReferenceEvaluator(helper.make_model(graph, opset_imports=self._opsets))
+        results = evaluator.run(None, dict(zip(node.input, values, strict=True)))
+        self._values |= dict(zip(node.output, map(np.asarray, results), strict=True))
+        return True
+
+    def _value(self, name: str) -> Array | None:
+        if name not in self._values:
+            self._values[name] = self._load(name)
+        return self._values[name]
+
+    def _load(self, name: str) -> Array | None:
+        tensor = self._initializers.get(name)
+        if tensor is None or np.prod(tensor.dims) > LARGEST_TABLE:
+            return None
+        loaded = onnx.TensorProto()
+        loaded.CopyFrom(tensor)
+        if loaded.data_location == onnx.TensorProto.EXTERNAL:
+            load_external_data_for_tensor(loaded, str(self._folder))
+        array: Array = numpy_helper.to_array(loaded)
+        return array
+
+    def _reference(self, name: str) -> str:
+        """Return the name to read a tensor by, storing it first when it was computed here."""
+        value = self._values.get(name)
+        if value is None or name in self._initializers:
+            return name
+        key = (value.dtype.str, value.shape, value.tobytes())
+        if key not in self._stored:
+            self._stored[key] = name
+            self._graph.initializer.append(numpy_helper.from_array(value, name))
+        return self._stored[key]

@@ -1,0 +1,99 @@
+"""Expanding function bodies: the same function, tables computed once, equal expressions shared."""
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from rotexport.targets.inlining import inline
+
+MODEL = """<ir_version: 11, opset_import: ["": 23, "rotexport": 1]>
+g (float16[M, 4] x, float16[M, 4] z) => (float16[M, 4] y)
+<int8[2, 2] table = {1, 2, 3, 4}, int8[2, 2] other = {1, 0, 0, 1}> {
+  [first] a = rotexport.Mix(x, table)
+  [second] b = rotexport.Mix(z, table)
+  [third] c = rotexport.Mix(x, table)
+  [fourth] d = rotexport.Mix(x, other)
+  [sum1] ab = Add(a, b)
+  [sum2] cd = Add(c, d)
+  [sum3] y = Add(ab, cd)
+}
+<domain: "rotexport", opset_import: ["": 23]>
+Mix (x, table) => (y) {
+  one = Constant<value_float = 1.0>()
+  float_table = DequantizeLinear(table, one)
+  matrix = CastLike(float_table, x)
+  rows = Constant<value_ints = [-1, 2]>()
+  pairs = Reshape(x, rows)
+  mixed = MatMul(pairs, matrix)
+  shape = Shape(x)
+  y = Reshape(mixed, shape)
+}"""
+
+
+@pytest.fixture(scope="module")
+def inlined(tmp_path_factory):
+    return inline(onnx.parser.parse_model(MODEL), tmp_path_factory.mktemp("model"))
+
+
+def test_the_function_is_the_same(inlined):
+    rng = np.random.default_rng(0)
+    feeds = {name: rng.standard_normal((3, 4)).astype(np.float16) for name in "xz"}
+    want, got = (
+        ort.InferenceSession(m.SerializeToString()).run(None, feeds)[0]
+        for m in (onnx.parser.parse_model(MODEL), inlined)
+    )
+    np.testing.assert_array_equal(got, want)
+
+
+def test_no_function_is_left_and_names_are_unique(inlined):
+    onnx.checker.check_model(inlined)
+    assert not inlined.functions
+    names = [node.name for node in inlined.graph.node]
+    assert max(Counter(names).values()) == 1
+    assert {"sum1", "sum2", "sum3"} <= set(names)
+
+
+def test_tables_are_computed_and_equal_calls_shared(inlined):
+    """`third` equals `first`; `fourth` shares its pairs with `first` and multiplies by another table."""
+    assert Counter(node.op_type for node in inlined.graph.node) == {
+        "MatMul": 3,
+        "Reshape": 5,
+        "Shape": 2,
+        "Add": 3,
+    }
+    tables = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in inlined.graph.initializer}
+    read = {node.input[1] for node in inlined.graph.node if node.op_type == "MatMul"}
+    assert sorted(tables[name].astype(int).tolist() for name in read) == [[[1, 0], [0, 1]], [[1, 2], [3, 4]]]
+    assert {tables[name].dtype for name in read} == {np.dtype(np.float16)}
+
+
+def test_equal_expressions_of_the_models_own_graph_stay():
+    model = onnx.parser.parse_model("""<ir_version: 11, opset_import: ["": 23, "rotexport": 1]>
+        g (float[2] x) => (float[2] y) { a = Neg(x)  b = Neg(x)  c = Add(a, b)  y = rotexport.Same(c) }
+        <domain: "rotexport", opset_import: ["": 23]> Same (x) => (y) { y = Identity(x) }""")
+    assert [node.op_type for node in inline(model, None).graph.node] == ["Neg", "Neg", "Add", "Identity"]
+
+
+def stored_apart(values, location="model.data"):
+    """Return a model whose `table` lies in an external file."""
+    model = onnx.parser.parse_model(MODEL)
+    table = onnx.numpy_helper.from_array(values, "table")
+    onnx.external_data_helper.set_external_data(table, location)
+    table.ClearField("raw_data")
+    model.graph.initializer[0].CopyFrom(table)
+    return model
+
+
+def test_a_weight_too_large_for_a_table_is_not_read(tmp_path):
+    """Its data is missing, so reading it would fail."""
+    model = stored_apart(np.zeros((2, 1 << 20), np.int8), "missing.data")
+    assert "DequantizeLinear" in [node.op_type for node in inline(model, tmp_path).graph.node]
+
+
+def test_a_small_table_is_read_from_the_models_folder(tmp_path):
+    (tmp_path / "model.data").write_bytes(bytes([1, 2, 3, 4]))
+    model = stored_apart(np.array([[1, 2], [3, 4]], np.int8))
+    assert "DequantizeLinear" not in [node.op_type for node in inline(model, tmp_path).graph.node]
