@@ -78,7 +78,7 @@ def _split(n: int) -> tuple[int, int] | None:
     return None
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def _base(m: int) -> Array | None:
     if m == 1:
         return sylvester(1)
