@@ -63,12 +63,31 @@ class ThresholdResult:
     value: float
     passed: bool
 
+    @property
+    def title(self) -> str:
+        """What the figure is, in words."""
+        return FIGURES[self.name]
+
+    @property
+    def bound(self) -> str:
+        """Which side of the limit is asked for."""
+        return "at least" if self.name in _LOWER_BOUNDS else "at most"
+
     def __str__(self) -> str:
-        bound = "at least" if self.name in _LOWER_BOUNDS else "at most"
         verdict = "" if self.passed else "missed: "
-        return f"{verdict}{self.name} is {self.value:.6g}, {bound} {self.limit:.6g} was asked"
+        return f"{verdict}{self.name} is {self.value:.6g}, {self.bound} {self.limit:.6g} was asked"
 
 
+FIGURES = {
+    "max_abs_error": "largest logit error",
+    "relative_error": "largest logit error over largest logit",
+    "kl": "KL divergence, nats per token",
+    "perplexity_ratio": "perplexity over PyTorch's",
+    "top1_agreement": "fraction of tokens with the same most likely successor",
+    "sqnr_db": "signal over error at the logits, dB",
+    "cosine": "cosine of the logits",
+    "block_sqnr_db": "signal over error at the worst block, dB",
+}
 _LOWER_BOUNDS = frozenset({"sqnr_db", "cosine", "top1_agreement", "block_sqnr_db"})
 
 

@@ -34,6 +34,7 @@ from rotexport.metrics import (
 )
 from rotexport.passes.base import Pass, Preserves
 from rotexport.runtime import OnnxModel, tensors_among
+from rotexport.transforms.transform import Transform
 
 # Largest logit error over largest logit. Rounding in fp32 (2^-24 per operation) accumulates to some 1e-6 in a
 # decoder, ten times that where a rotation mixes massive activations into small ones; a wrong sign, scale or
@@ -137,6 +138,11 @@ def _unchanged(stream: Array) -> Array:
     return stream
 
 
+def _center(stream: Array) -> Array:
+    centered: Array = stream - stream.mean(axis=-1, keepdims=True)
+    return centered
+
+
 @dataclass(frozen=True)
 class StreamView:
     """How the graph's residual stream relates to PyTorch's.
@@ -147,6 +153,14 @@ class StreamView:
 
     of_graph: Callable[[Array], Array] = field(default=_unchanged)
     of_reference: Callable[[Array], Array] = field(default=_unchanged)
+
+    @classmethod
+    def after(cls, rotation: Transform | None, centered: bool) -> StreamView:
+        """Return the view of a stream that was rotated, and whose LayerNorms were centered."""
+        return cls(
+            of_graph=rotation.inverse().apply if rotation is not None else _unchanged,
+            of_reference=_center if centered else _unchanged,
+        )
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from rotexport.errors import ValidationError
 from rotexport.graph.io import Scratch
 from rotexport.metrics import EQUAL_DB, Thresholds
 from rotexport.passes.base import Pass, PassReport, Preserves
+from rotexport.transforms.transform import Hadamard
 from rotexport.validate import PassValidator, StreamView, observe_reference, prove
 
 VOCAB, WIDTH, BLOCKS = 17, 8, 3
@@ -237,6 +238,17 @@ def test_a_turned_stream_is_turned_back_before_it_is_compared(toy, tmp_path):
     assert straight.first_diverged_block == 0
     turned_back = prove(reference, path, Thresholds(), StreamView(of_graph=lambda stream: stream @ basis.T))
     assert min(error.sqnr_db for error in turned_back.blocks) > 100
+
+
+def test_the_view_undoes_a_transform_and_centers():
+    stream = np.random.default_rng(9).normal(size=(5, WIDTH))
+    rotation = Hadamard.of(WIDTH, None, 3)
+    centered = stream - stream.mean(axis=-1, keepdims=True)
+    view = StreamView.after(rotation, centered=True)
+    np.testing.assert_allclose(view.of_graph(stream @ rotation.dense()), stream, atol=1e-12)
+    np.testing.assert_allclose(view.of_reference(stream), centered, atol=1e-12)
+    plain = StreamView.after(None, centered=False)
+    np.testing.assert_array_equal(plain.of_graph(stream), plain.of_reference(stream))
 
 
 def test_what_the_graph_lost_is_taken_from_the_reference_too(toy, tmp_path):
