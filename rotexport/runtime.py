@@ -70,12 +70,8 @@ class OnnxModel:
         extra_outputs: Sequence[str] = (),
     ) -> None:
         self.path = path
-        if not path.is_file():
-            raise TargetError(f"there is no model at '{path}'; build one first, or correct the path")
-        if low_memory is None:
-            low_memory = weight_bytes(path) >= LARGE_WEIGHTS
-        self._session = _open(path, threads, low_memory, extra_outputs)
-        self.inputs = {port.name: port for port in map(_port, self._session.get_inputs())}
+        self._session = open_session(path, threads, low_memory, extra_outputs)
+        self.inputs = {port.name: port for port in map(port_of, self._session.get_inputs())}
         self.outputs = tuple(output.name for output in self._session.get_outputs())
         if "input_ids" not in self.inputs:
             raise TargetError(
@@ -184,7 +180,17 @@ def weight_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _open(path: Path, threads: int | None, low_memory: bool, extra_outputs: Sequence[str]) -> Any:
+def open_session(
+    path: Path,
+    threads: int | None = None,
+    low_memory: bool | None = None,
+    extra_outputs: Sequence[str] = (),
+) -> Any:
+    """Open a graph in ONNX Runtime with exact products; arguments and errors are those of `OnnxModel`."""
+    if not path.is_file():
+        raise TargetError(f"there is no model at '{path}'; build one first, or correct the path")
+    if low_memory is None:
+        low_memory = weight_bytes(path) >= LARGE_WEIGHTS
     try:
         import onnxruntime as ort
     except ImportError as error:
@@ -242,7 +248,8 @@ def _computed(model: onnx.ModelProto) -> set[str]:
     return {output for node in model.graph.node for output in node.output}
 
 
-def _port(node: Any) -> Port:
+def port_of(node: Any) -> Port:
+    """Describe an input or output of an ONNX Runtime session."""
     if node.type not in _ELEMENT_TYPES:
         raise TargetError(f"input '{node.name}' has type {node.type}, which cannot be fed on the CPU")
     shape = tuple(dim if isinstance(dim, int) else dim or "" for dim in node.shape)
