@@ -17,11 +17,12 @@ Run: TypeAlias = Callable[[Sequence[Array], Sequence[str]], Iterable[Mapping[str
 """Runs the graph on each window of token ids [S] (int64) from an empty cache and yields, window by window,
 the tensors asked for by name."""
 
-BINS: Final = 4096
+# Magnitudes are counted by the upper half of their float32 pattern: bins 2^-7 wide, relative to the value.
+BINS: Final = 0x7F80  # up to infinity
+BIN_EDGES: Final = (np.arange(BINS + 1, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
 POINTS_PER_BIN: Final = 4  # where a bin is sampled when its rounding error is integrated
 CANDIDATE_RANGES: Final = 64
 NARROWEST_RANGE: Final = 1 / 64
-SMALLEST_RANGE: Final = 1e-30  # of a histogram: bins per unit stay finite in float32
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,14 @@ class Probe:
 class InputStatistics:
     """What was seen of one linear's input.
 
-    `token_maxima` [tokens] and `channel_maxima` [channels] are largest magnitudes; `histogram` counts
-    magnitudes in bins of `bin_width`; `kurtosis` is of all elements (3 for a normal distribution).
+    `token_maxima` [tokens] and `channel_maxima` [channels] are largest magnitudes; `histogram` [BINS] counts
+    magnitudes between `BIN_EDGES`; `kurtosis` is of all elements (3 for a normal distribution).
     """
 
     token_maxima: Array
     channel_maxima: Array
     kurtosis: float
     histogram: Array
-    bin_width: float
 
     @property
     def maximum(self) -> float:
@@ -63,17 +63,18 @@ class InputStatistics:
         return _ratio(self.channel_maxima)
 
     def percentile(self, percent: float) -> float:
-        """Return the magnitude that `percent` of all elements do not exceed, to half a bin."""
+        """Return the magnitude that `percent` of all elements do not exceed, to the end of its bin."""
         cumulative = np.cumsum(self.histogram)
         index = int(np.searchsorted(cumulative, cumulative[-1] * percent / 100))
-        return min(self.maximum, (index + 1) * self.bin_width)
+        return min(self.maximum, float(BIN_EDGES[index + 1]))
 
     def least_error_range(self, number_format: NumberFormat) -> float:
         """Return the clipped range whose scale gives the least mean squared error, from the histogram."""
         used = np.flatnonzero(self.histogram)
+        lower, upper = BIN_EDGES[used, None], BIN_EDGES[used + 1, None]
         offsets = (np.arange(POINTS_PER_BIN) + 0.5) / POINTS_PER_BIN
-        points = (used[:, None] + offsets).ravel() * self.bin_width
-        weights = np.repeat(self.histogram[used].astype(np.float64), POINTS_PER_BIN)
+        points = (lower + (upper - lower) * offsets).ravel()
+        weights = np.repeat(self.histogram[used] / POINTS_PER_BIN, POINTS_PER_BIN)
         ranges = np.geomspace(1.0, NARROWEST_RANGE, CANDIDATE_RANGES) * self.maximum
         rounded = (number_format.fake_quantize(points, limit / number_format.highest) for limit in ranges)
         errors = [np.dot(weights, (values - points) ** 2) for values in rounded]
@@ -139,7 +140,6 @@ class _Collector:
         self._token_maxima: list[Array] = []
         self._moments = np.zeros(5)  # sums of x**0 ... x**4
         self._histogram = np.zeros(BINS, np.int64)
-        self._range = 0.0  # the histogram covers magnitudes up to here: a power of two
 
     def add(self, values: Array, name: str) -> None:
         rows = np.ascontiguousarray(values, np.float32).reshape(-1, self._channel_maxima.size)
@@ -151,7 +151,7 @@ class _Collector:
             )
         self._token_maxima.append(tokens)
         np.maximum(self._channel_maxima, magnitudes.max(axis=0), out=self._channel_maxima)
-        self._count(magnitudes, float(tokens.max()))
+        self._histogram += np.bincount(magnitudes.view(np.uint32).ravel() >> 16, minlength=BINS)
         self._add_moments(rows, np.square(rows))
 
     def _add_moments(self, rows: Array, squares: Array) -> None:
@@ -164,29 +164,12 @@ class _Collector:
             np.dot(flat_squares, flat_squares),
         ]
 
-    def _count(self, magnitudes: Array, largest: float) -> None:
-        self._widen(largest)
-        scale = np.float32(BINS / self._range)
-        bins = np.minimum(magnitudes.ravel() * scale, np.float32(BINS - 1)).astype(np.intp)
-        self._histogram += np.bincount(bins, minlength=BINS)
-
-    def _widen(self, largest: float) -> None:
-        """Double the histogram's range until `largest` fits, merging neighbouring bins."""
-        needed = float(np.exp2(np.ceil(np.log2(max(largest, SMALLEST_RANGE)))))
-        if self._range == 0.0:
-            self._range = needed
-        while self._range < needed:
-            merged = self._histogram.reshape(-1, 2).sum(axis=1)
-            self._histogram = np.concatenate([merged, np.zeros(BINS // 2, np.int64)])
-            self._range *= 2
-
     def result(self) -> InputStatistics:
         return InputStatistics(
             np.concatenate(self._token_maxima),
             self._channel_maxima,
             _kurtosis(self._moments),
             self._histogram,
-            self._range / BINS,
         )
 
 

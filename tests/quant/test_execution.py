@@ -40,7 +40,7 @@ def forms():
 def test_optimizations_change_rounding_only(tmp_path, dtype, low_memory, weights, activations):
     graph = decoder(dtype)
     plan = [SitePlan("head", "logits", K, weights, activations)]
-    seen = InputStatistics(np.full(2, 3.0), np.full(K, 3.0), 3.0, np.ones(4096, np.int64), 3.0 / 4096)
+    seen = InputStatistics(np.full(2, 3.0), np.full(K, 3.0), 3.0, np.ones(1, np.int64))
     QuantizeWeights(plan).run(graph)
     QuantizeActivations(plan, {"head": seen}).run(graph)
     ids = np.arange(20).reshape(2, 10)

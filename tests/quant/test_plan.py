@@ -60,7 +60,7 @@ def test_schemes_that_do_not_go_together_are_refused(weights, activations, words
 def seen(ratio):
     """Statistics whose largest token is `ratio` times the median."""
     tokens = np.array([1.0, 1.0, ratio], np.float32)
-    return InputStatistics(tokens, np.ones(4, np.float32), 3.0, np.ones(4, np.int64), 1.0)
+    return InputStatistics(tokens, np.ones(4, np.float32), 3.0, np.ones(4, np.int64))
 
 
 def model(ratios, sites_per_input=1, mode="static"):
