@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rotexport.errors import OutputError
 
 MARK = "rotexport.json"  # what a finished build holds
+MODEL = "model.onnx"
 
 
 class OutputDirectory:
@@ -66,6 +69,21 @@ class OutputDirectory:
         failed = self.path.with_name(f"{self.path.name}.failed")
         replace_directory(self._work, failed)
         return failed
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file completely or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+
+    """
+    temporary = path.with_name(f"{path.name}.partial")
+    try:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        temporary.rename(path)
+    except OSError as error:
+        raise OutputError(f"cannot write '{path}': {error.strerror}") from error
 
 
 def replace_directory(new: Path, final: Path) -> None:

@@ -177,6 +177,16 @@ def load_recipe(name_or_path: str, settings: Iterable[str] = ()) -> Recipe:
     return from_mapping(mapping)
 
 
+def parse_recipe(text: str, name: str) -> Recipe:
+    """Read a resolved recipe, as `Recipe.to_yaml` wrote it into `name`.
+
+    Raises:
+        RecipeError: it is not one.
+
+    """
+    return from_mapping(_parse(text, name))
+
+
 def from_mapping(mapping: Mapping[str, Any]) -> Recipe:
     """Make a recipe from what a YAML file holds.
 
@@ -213,17 +223,20 @@ def _read(name_or_path: str) -> dict[str, Any]:
             (resources.files("rotexport.recipes") / f"{name_or_path}.yaml").read_text(),
             name_or_path,
         )
-    try:
-        mapping = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise RecipeError(
-            f"recipe '{name_or_path}' is not valid YAML: {' '.join(str(error).split())}"
-        ) from error
-    if not isinstance(mapping, dict):
-        raise RecipeError(f"recipe '{name_or_path}' is not a mapping of sections")
+    mapping = _parse(text, name_or_path)
     parent = mapping.pop("extends", None)
     merged = _merge(_read(str(parent)), mapping) if parent is not None else mapping
     return {**merged, "name": mapping.get("name", default_name)}
+
+
+def _parse(text: str, name: str) -> dict[str, Any]:
+    try:
+        mapping = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe '{name}' is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(mapping, dict):
+        raise RecipeError(f"recipe '{name}' is not a mapping of sections")
+    return mapping
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -19,6 +19,7 @@ Windows: TypeAlias = npt.NDArray[np.int64]
 SAMPLE_LENGTH = 512  # tokens per window, or the model's context where that is shorter
 PERPLEXITY_WINDOWS = 2
 CALIBRATION_WINDOWS = 16
+PROSE = "English prose from the documentation that comes with Python"
 
 _SENTENCES = re.compile(r"[A-Z].*[.:!?]", re.DOTALL)
 _MARKUP = re.compile(r"\*\*|``|(?<!\w)\*|\*(?!\w)")
@@ -110,6 +111,7 @@ class Samples:
     tokens: npt.NDArray[np.int64]
     windows: Windows
     calibration: Windows
+    source: str
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, calibration: Path | None = None) -> Samples:
@@ -118,7 +120,7 @@ class Samples:
         A model without a tokenizer gets random tokens.
 
         Raises:
-            RotexportError: the calibration text is too short, or cannot be read, or there is no tokenizer for it.
+            RotexportError: the calibration text is too short or unreadable, or there is no tokenizer for it.
         """
         length = min(SAMPLE_LENGTH, getattr(checkpoint.config, "max_position_embeddings", SAMPLE_LENGTH))
         proof = 1 + PERPLEXITY_WINDOWS
@@ -127,9 +129,23 @@ class Samples:
             if calibration is not None:
                 raise RotexportError(f"the model has no tokenizer to read '{calibration}' with; leave it out")
             windows = random_windows(checkpoint.config.vocab_size, length, proof + CALIBRATION_WINDOWS)
-            return cls(windows[0], windows[1:proof], windows[proof:])
+            return cls(windows[0], windows[1:proof], windows[proof:], "random tokens")
         windows = token_windows(tokenizer, default_text(), length)[: proof + CALIBRATION_WINDOWS]
-        seen = windows[proof:]
+        seen, source = windows[proof:], PROSE
         if calibration is not None:
             seen = token_windows(tokenizer, read_text(calibration), length)[:CALIBRATION_WINDOWS]
-        return cls(windows[0], windows[1:proof], seen)
+            source = f"{PROSE}; calibrated on {calibration.name}"
+        return cls(windows[0], windows[1:proof], seen, source)
+
+    def proving_on(self, checkpoint: Checkpoint, text: Path) -> Samples:
+        """Return the same with tokens and windows from a text file.
+
+        Raises:
+            RotexportError: the text is too short or unreadable, or there is no tokenizer for it.
+        """
+        tokenizer = checkpoint.tokenizer()
+        if tokenizer is None:
+            raise RotexportError(f"the model has no tokenizer to read '{text}' with; leave it out")
+        count = 1 + PERPLEXITY_WINDOWS
+        windows = token_windows(tokenizer, read_text(text), self.tokens.size, count)
+        return replace(self, tokens=windows[0], windows=windows[1:], source=text.name)

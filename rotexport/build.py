@@ -1,0 +1,183 @@
+"""The path of `rotexport build`, top to bottom: from a PyTorch model to validated graphs and engines."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import onnx_graphsurgeon as gs
+from transformers import PreTrainedModel
+
+from rotexport.checkpoint import Checkpoint, open_checkpoint
+from rotexport.doctor import require
+from rotexport.errors import ValidationError
+from rotexport.export import export
+from rotexport.graph.basis import analyse
+from rotexport.graph.io import Scratch, WeightFile, save_model
+from rotexport.graph.twin import runnable
+from rotexport.observe import observe_inputs, outliers
+from rotexport.output import MODEL, OutputDirectory
+from rotexport.pipeline import Pipeline, expected_kernels, plan_sites, quantization_passes, rotation_passes
+from rotexport.progress import Stages, Verbosity
+from rotexport.quant.calibrate import InputStatistics
+from rotexport.quant.plan import SitePlan, massive_sites_dynamic
+from rotexport.recipe import Recipe, load_recipe
+from rotexport.record import Findings, make_report, summarize_components, write_manifest
+from rotexport.reference import reference_model
+from rotexport.report import BuildReport, write_report
+from rotexport.targets.builder import EngineRequest, build_engines
+from rotexport.targets.capabilities import check
+from rotexport.targets.profiles import Profiles
+from rotexport.texts import Samples
+from rotexport.validate import PassValidator, Proof, observe_reference, prove
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a build does besides numbers.
+
+    `gpus` are compute capabilities (`sm89`); `calibration` is a text file, by default Python's own prose;
+    `profiles` bounds the calls that engines accept.
+    """
+
+    target: str = "onnx"
+    gpus: tuple[str, ...] = ()
+    calibration: Path | None = None
+    profiles: Profiles = field(default_factory=Profiles)
+    validate: bool = True
+    force: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known, and found legal, before any weight is read."""
+
+    source: str
+    recipe: Recipe
+    gpus: tuple[str, ...]
+    checkpoint: Checkpoint
+    samples: Samples
+    graph: gs.Graph
+    plan: list[SitePlan]
+
+
+def build(
+    model: str | Path | PreTrainedModel,
+    out: str | Path,
+    recipe: str | Recipe = "fp16",
+    options: BuildOptions | None = None,
+    stages: Stages | None = None,
+) -> BuildReport:
+    """Compile `model` into the directory `out`; return its report.
+
+    Args:
+        model: a Hugging Face directory or hub id, a .gguf file, or a loaded transformers model.
+        out: must not exist (or be a build, with `options.force`); appears only when everything succeeded.
+        recipe: a preset's name, a YAML file, or a `Recipe`.
+        options: target, engines, calibration; by default an ONNX graph without engines.
+        stages: hears about progress; by default nothing is printed.
+
+    Raises:
+        RotexportError: bad input, an impossible recipe, a failed stage. A build that missed its thresholds is
+            kept beside `out`, with `.failed` appended to its name.
+
+    """
+    options = options or BuildOptions()
+    stages = stages or Stages(Verbosity.QUIET)
+    output = OutputDirectory(Path(out), force=options.force)
+    output.check()
+    prepared = prepare(model, recipe, options, stages)
+    with output as folder:
+        report = _compile(prepared, options, folder, stages)
+        if report.proof is not None and not report.proof.passed:
+            _refuse(output, report.proof)
+    return report
+
+
+def prepare(
+    model: str | Path | PreTrainedModel, recipe: str | Recipe, options: BuildOptions, stages: Stages
+) -> Prepared:
+    """Open and export a model, and decide whether recipe and target are possible; no weight is read."""
+    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    gpus = check(options.target, options.gpus, recipe)
+    require(options.target, gpus)
+    with stages("open"):
+        checkpoint = open_checkpoint(model, trust_remote_code=options.trust_remote_code)
+        samples = Samples.of(checkpoint, options.calibration)
+    with stages("export"):
+        graph = export(checkpoint)
+        plan = plan_sites(graph, recipe)
+    return Prepared(_source(model), recipe, gpus, checkpoint, samples, graph, plan)
+
+
+def _compile(prepared: Prepared, options: BuildOptions, folder: Path, stages: Stages) -> BuildReport:
+    recipe, graph, samples, plan = prepared.recipe, prepared.graph, prepared.samples, prepared.plan
+    found = Findings(prepared.source, recipe, options.target, samples.source)
+    found.components = summarize_components(analyse(graph))
+    with tempfile.TemporaryDirectory(prefix="scratch-", dir=folder) as scratch_folder:
+        scratch = Scratch(Path(scratch_folder))
+        pipeline = Pipeline(graph, PassValidator(scratch, samples.tokens) if options.validate else None)
+
+        if options.validate:
+            with stages("reference"):
+                torch_model = reference_model(prepared.checkpoint)
+                reference = observe_reference(torch_model, samples.tokens, samples.windows)
+                del torch_model
+
+        with stages("rotate") as stage:
+            if options.validate:
+                found.outliers_before = outliers(observe_inputs(graph, scratch, [samples.tokens]))
+            pipeline.run(rotation_passes(recipe.rotations), stage.detail)
+            if options.validate and recipe.rotations.enabled:
+                found.outliers_after = outliers(observe_inputs(graph, scratch, [samples.tokens]))
+
+        statistics: dict[str, InputStatistics] = {}
+        if any(site.activations.enabled and site.activations.mode == "static" for site in plan):
+            with stages("calibrate"):
+                statistics = observe_inputs(graph, scratch, list(samples.calibration))
+                plan, notes = massive_sites_dynamic(plan, statistics)
+                found.notes += notes
+
+        with stages("quantize") as stage:
+            pipeline.run(quantization_passes(recipe, plan, statistics), stage.detail)
+
+        with stages("write"):
+            save_model(graph, folder / MODEL, WeightFile(folder / f"{MODEL}.data", source=scratch))
+            prepared.checkpoint.save_assets(folder)
+            (folder / "recipe.yaml").write_text(recipe.to_yaml())
+
+        if options.validate:
+            with stages("validate"):
+                path = runnable(graph, folder / MODEL, scratch)
+                found.proof = prove(reference, path, recipe.thresholds, pipeline.stream_view())
+
+    if prepared.gpus:
+        with stages("engines") as stage:
+            kernels = expected_kernels(plan, recipe.dtype)
+            request = EngineRequest(folder / MODEL, options.target, prepared.gpus, options.profiles, kernels)
+            found.engines = build_engines(request, folder / "engines", stage.detail)
+
+    found.plan = plan
+    report = make_report(found, prepared.checkpoint, graph, pipeline, folder)
+    report = replace(report, stages=tuple(stages.records))
+    write_manifest(report, graph, folder)
+    write_report(report, folder)
+    return report
+
+
+def _refuse(output: OutputDirectory, proof: Proof) -> None:
+    """Keep a build that missed its thresholds where nobody takes it for a good one."""
+    failed = output.keep_failed()
+    try:
+        proof.require()
+    except ValidationError as error:
+        raise ValidationError(f"{error}; the build and its report are kept at '{failed}'") from None
+
+
+def _source(model: str | Path | PreTrainedModel) -> str:
+    if isinstance(model, PreTrainedModel):
+        return f"a loaded {type(model).__name__}"
+    path = Path(model)
+    return str(path.resolve()) if path.exists() else str(model)

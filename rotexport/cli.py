@@ -1,0 +1,206 @@
+"""The command line: one function per verb, each a thin call."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rotexport import __version__
+from rotexport.errors import RotexportError
+from rotexport.progress import Stages, Verbosity
+
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit status: 0, 1 after an error, 2 for wrong usage, 130 if interrupted."""
+    options = parser().parse_args(arguments)
+    try:
+        status: int = options.verb(options)
+    except RotexportError as error:
+        print(f"rotexport: error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("rotexport: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return 0  # the reader of a pipe has seen enough
+    return status
+
+
+def build_command(options: argparse.Namespace) -> int:
+    """Compile a model."""
+    from rotexport.build import BuildOptions, build, prepare
+    from rotexport.recipe import load_recipe
+    from rotexport.record import plan_text, summary
+    from rotexport.targets.profiles import Profiles
+
+    recipe = load_recipe(options.recipe, options.set)
+    if options.dtype is not None:
+        recipe = replace(recipe, dtype=options.dtype)
+    choices = BuildOptions(
+        target=options.target,
+        gpus=tuple(name for part in options.gpu for name in part.split(",") if name),
+        calibration=options.calibration,
+        profiles=Profiles(options.max_batch, options.max_length),
+        validate=not options.no_validate,
+        force=options.force,
+        trust_remote_code=options.trust_remote_code,
+    )
+    stages = _stages(options)
+    if options.dry_run:
+        print(plan_text(prepare(options.model, recipe, choices, stages).plan))
+        return 0
+    report = build(options.model, options.output, recipe, choices, stages)
+    print(summary(report))
+    print(f"report: {options.output / 'report.html'}")
+    return 0
+
+
+def validate_command(options: argparse.Namespace) -> int:
+    """Repeat the proof of a build."""
+    from rotexport.revalidate import revalidate
+
+    proof = revalidate(options.output, options.text, options.model, _stages(options))
+    print(json.dumps(proof.figures(), indent=2))
+    proof.require()
+    return 0
+
+
+def eval_command(options: argparse.Namespace) -> int:
+    """Measure perplexity."""
+    from rotexport.revalidate import evaluate_path
+
+    result = evaluate_path(options.model, options.text, options.windows, options.length, _stages(options))
+    if options.json:
+        print(json.dumps(result.to_dict()))
+    else:
+        print(f"perplexity {result.perplexity:.4f} over {result.windows} windows, {result.tokens} tokens")
+    return 0
+
+
+def inspect_command(options: argparse.Namespace) -> int:
+    """Print bases, pins, transforms and outliers."""
+    from rotexport.inspection import inspect
+
+    inspection = inspect(options.model, options.recipe, options.text, _stages(options))
+    print(json.dumps(inspection.to_dict()) if options.json else inspection.text)
+    return 0
+
+
+def recipes_command(options: argparse.Namespace) -> int:
+    """List recipes, or print one."""
+    from rotexport.recipe import load_recipe, preset_names
+
+    if options.name is not None:
+        print(load_recipe(options.name).to_yaml(), end="")
+        return 0
+    for name in preset_names():
+        print(f"{name:<22} {load_recipe(name).description}")
+    return 0
+
+
+def doctor_command(options: argparse.Namespace) -> int:
+    """Say what works on this machine."""
+    from rotexport.doctor import examine
+
+    print(examine().text)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all verbs."""
+    top = argparse.ArgumentParser(prog="rotexport", description=_first_line())
+    top.add_argument("--version", action="version", version=f"rotexport {__version__}")
+    verbs = top.add_subparsers(required=True, metavar="COMMAND")
+    _add_build(verbs)
+    _add_validate(verbs)
+    _add_eval(verbs)
+    _add_inspect(verbs)
+    recipes = verbs.add_parser("recipes", help="list the recipes, or print one as YAML")
+    recipes.add_argument("name", nargs="?", metavar="NAME", help="a recipe, or a YAML file")
+    recipes.set_defaults(verb=recipes_command)
+    doctor = verbs.add_parser("doctor", help="show versions, GPUs, and which targets work here")
+    doctor.set_defaults(verb=doctor_command)
+    return top
+
+
+def _add_build(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = verbs.add_parser("build", help="compile a model into validated graphs and engines")
+    command.add_argument("model", metavar="MODEL", help="Hugging Face directory or hub id, or a .gguf file")
+    command.add_argument("-o", "--output", metavar="OUT", type=Path, required=True, help="directory to make")
+    command.add_argument("--recipe", default="fp16", metavar="NAME|FILE", help="see `rotexport recipes`")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change the recipe"
+    )
+    command.add_argument("--target", default="onnx", help="onnx (default), tensorrt-rtx or tensorrt")
+    command.add_argument("--gpu", action="append", default=[], metavar="SM,…", help="for example sm89,sm120")
+    command.add_argument("--calibration", type=Path, metavar="TEXT", help="text file for static scales")
+    command.add_argument("--max-batch", type=int, default=1, metavar="N", help="largest batch of an engine")
+    command.add_argument(
+        "--max-length", type=int, default=2048, metavar="N", help="largest number of tokens, cached and new"
+    )
+    command.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="float type of activations")
+    command.add_argument("--no-validate", action="store_true", help="skip every check against PyTorch")
+    command.add_argument("--dry-run", action="store_true", help="check everything, read no weights, stop")
+    command.add_argument("--force", action="store_true", help="replace an existing build at OUT")
+    command.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the model"
+    )
+    _add_verbosity(command)
+    command.set_defaults(verb=build_command)
+
+
+def _add_validate(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = verbs.add_parser("validate", help="repeat the proof of a build, on another text if given")
+    command.add_argument("output", metavar="OUT", type=Path, help="what `rotexport build` made")
+    command.add_argument("--text", type=Path, metavar="FILE", help="text to prove it on")
+    command.add_argument(
+        "--model", metavar="MODEL", help="the PyTorch model, if it is no longer where it was"
+    )
+    _add_verbosity(command)
+    command.set_defaults(verb=validate_command)
+
+
+def _add_eval(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = verbs.add_parser("eval", help="perplexity of a build, or of a PyTorch model")
+    command.add_argument("model", metavar="OUT|MODEL", help="a build, or anything `build` takes")
+    command.add_argument("--text", type=Path, metavar="FILE", required=True, help="text to predict")
+    command.add_argument("--windows", type=int, metavar="N", help="windows from the start; all by default")
+    command.add_argument("--length", type=int, default=1024, metavar="N", help="tokens per window")
+    command.add_argument("--json", action="store_true", help="print one JSON line")
+    _add_verbosity(command)
+    command.set_defaults(verb=eval_command)
+
+
+def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = verbs.add_parser("inspect", help="bases, what pins them, where transforms go, outliers")
+    command.add_argument("model", metavar="MODEL|OUT|model.onnx")
+    command.add_argument(
+        "--recipe", default="quarot-w8a8", metavar="NAME|FILE", help="whose rotations to try"
+    )
+    command.add_argument("--text", type=Path, metavar="FILE", help="text that the outliers are measured on")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    _add_verbosity(command)
+    command.set_defaults(verb=inspect_command)
+
+
+def _add_verbosity(command: argparse.ArgumentParser) -> None:
+    command.add_argument("-v", "--verbose", action="store_true", help="say more")
+    command.add_argument("-q", "--quiet", action="store_true", help="print no progress")
+
+
+def _stages(options: argparse.Namespace) -> Stages:
+    if options.quiet:
+        return Stages(Verbosity.QUIET)
+    return Stages(Verbosity.VERBOSE if options.verbose else Verbosity.NORMAL)
+
+
+def _first_line() -> str:
+    return "Compile PyTorch language models into rotation-quantized ONNX graphs and TensorRT engines."

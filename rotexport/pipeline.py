@@ -1,0 +1,130 @@
+"""Which passes a recipe asks for, in which order, and running them under validation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import ml_dtypes
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from rotexport.graph.edit import sort
+from rotexport.graph.sites import linears
+from rotexport.graph.twin import float32_twin
+from rotexport.passes.base import Pass, PassReport, Placement
+from rotexport.passes.center_layernorms import CenterLayerNorms
+from rotexport.passes.fold_norms import FoldNorms
+from rotexport.passes.precision import SetPrecision
+from rotexport.passes.quantize_activations import QuantizeActivations
+from rotexport.passes.quantize_cache import QuantizeCache
+from rotexport.passes.quantize_weights import QuantizeWeights
+from rotexport.passes.rotate_heads import RotateHeads
+from rotexport.passes.rotate_inputs import MixHeads, RotateDownInputs
+from rotexport.passes.rotate_residual import RotateResidual
+from rotexport.passes.share_weights import ShareWeights
+from rotexport.quant.calibrate import InputStatistics
+from rotexport.quant.plan import SitePlan
+from rotexport.recipe import Recipe, Rotations
+from rotexport.targets.layers import Kernel, expected_kernel
+from rotexport.validate import PassValidator, StreamView
+
+DTYPES = {
+    "fp32": np.dtype(np.float32),
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+@dataclass
+class Pipeline:
+    """A graph on its way through passes; every pass is checked by running the graph before and after it."""
+
+    graph: gs.Graph
+    validator: PassValidator | None
+    finished: list[tuple[Pass, PassReport]] = field(default_factory=list)
+
+    def run(self, passes: Iterable[Pass], announce: Callable[[str], None]) -> None:
+        """Run passes in order.
+
+        Raises:
+            ValidationError: a pass changed the function more than it promises.
+
+        """
+        for rewrite in passes:
+            announce(rewrite.name)
+            if self.validator is not None and not self.finished:
+                self.validator.start(float32_twin(self.graph))
+            report = rewrite.run(self.graph)
+            sort(self.graph)
+            self.finished.append((rewrite, report))
+            if self.validator is not None:
+                self.validator.check(rewrite, report.changed, float32_twin(self.graph))
+
+    @property
+    def placements(self) -> list[Placement]:
+        """Where every transform went."""
+        return [placement for _, report in self.finished for placement in report.placements]
+
+    @property
+    def notes(self) -> list[str]:
+        """What passes want a reader of the report to know."""
+        return [f"{rewrite.name}: {note}" for rewrite, report in self.finished for note in report.notes]
+
+    def stream_view(self) -> StreamView:
+        """Return how the graph's residual stream relates to PyTorch's, after what the passes did to it."""
+        rotated = [p.transform for p in self.placements if p.rotation == "r1" and p.transform is not None]
+        centered = any(isinstance(p, CenterLayerNorms) and report.changed for p, report in self.finished)
+        return StreamView.after(rotated[0] if rotated else None, centered)
+
+
+def rotation_passes(rotations: Rotations) -> list[Pass]:
+    """Return the passes that leave the function as it is, in the order they must run."""
+    if not rotations.enabled:
+        return []
+    passes: list[Pass] = [CenterLayerNorms(), FoldNorms()]
+    if rotations.r1.enabled:
+        passes.append(RotateResidual(rotations.r1))
+    if rotations.r2.enabled:
+        passes.append(RotateHeads(rotations.r2, "r2"))
+    if rotations.r3.enabled:
+        passes.append(RotateHeads(rotations.r3, "r3"))
+    if rotations.r4.enabled:
+        passes.append(RotateDownInputs(rotations.r4))
+    if rotations.o_heads.enabled:
+        passes.append(MixHeads())
+    return passes
+
+
+def quantization_passes(
+    recipe: Recipe, plan: Sequence[SitePlan], statistics: Mapping[str, InputStatistics]
+) -> list[Pass]:
+    """Return the passes that change numbers, then the one that stores equal ones once."""
+    passes: list[Pass] = [SetPrecision(DTYPES[recipe.dtype])]
+    if any(site.weights.enabled for site in plan):
+        passes.append(QuantizeWeights(plan))
+    if any(site.activations.enabled for site in plan):
+        passes.append(QuantizeActivations(plan, statistics))
+    if recipe.kv_cache.enabled:
+        passes.append(QuantizeCache(recipe.kv_cache))
+    return [*passes, ShareWeights()]
+
+
+def plan_sites(graph: gs.Graph, recipe: Recipe) -> list[SitePlan]:
+    """Give every linear its schemes, before any weight is read.
+
+    Raises:
+        RecipeError: an override matches nothing, a group does not divide, or schemes do not go together.
+
+    """
+    sites = linears(graph)
+    recipe.check_sites(site.name for site in sites)
+    return [
+        SitePlan(site.name, site.node.name, int(site.weight.shape[0]), *recipe.schemes(site.name))
+        for site in sites
+    ]
+
+
+def expected_kernels(plan: Sequence[SitePlan], dtype: str) -> dict[str, Kernel]:
+    """Return what every MatMul must become in an engine, by node name."""
+    return {site.node: expected_kernel(site.weights.format, site.activations.format, dtype) for site in plan}

@@ -1,0 +1,291 @@
+"""What a build did, gathered into its report and its manifest."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from rotexport import __version__
+from rotexport.checkpoint import Checkpoint
+from rotexport.errors import OutputError
+from rotexport.graph.basis import Bases, Component, residual
+from rotexport.observe import Outliers
+from rotexport.output import MARK, write_json
+from rotexport.passes.base import Placement
+from rotexport.pipeline import Pipeline
+from rotexport.quant.plan import SitePlan
+from rotexport.recipe import Recipe
+from rotexport.report import (
+    BuildReport,
+    ComponentSummary,
+    EngineSummary,
+    KernelCount,
+    ModelSummary,
+    PassSummary,
+    SiteOutliers,
+    TransformSummary,
+)
+from rotexport.targets.builder import EngineReport
+from rotexport.targets.layers import kernels
+from rotexport.validate import Proof
+
+PACKAGES = ("torch", "transformers", "onnx", "onnx-graphsurgeon", "onnxruntime", "tensorrt-rtx", "tensorrt")
+
+
+@dataclass
+class Findings:
+    """What the stages of a build find out, filled in one by one."""
+
+    source: str
+    recipe: Recipe
+    target: str
+    text: str = ""
+    components: list[ComponentSummary] = field(default_factory=list)
+    outliers_before: dict[str, Outliers] = field(default_factory=dict)
+    outliers_after: dict[str, Outliers] = field(default_factory=dict)
+    plan: list[SitePlan] = field(default_factory=list)
+    proof: Proof | None = None
+    engines: list[EngineReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def summarize_components(bases: Bases) -> list[ComponentSummary]:
+    """Describe the components that matter to a reader: those that weights absorb on some side."""
+    stream = residual(bases)
+    found = [component for component in bases.components if component.absorbers]
+    return [
+        ComponentSummary(
+            title=_title(component, component is stream),
+            size=component.size,
+            tensors=len(component.atoms),
+            pins=tuple(dict.fromkeys(pin.reason for pin in component.pins)),
+        )
+        for component in found
+    ]
+
+
+def _title(component: Component, is_stream: bool) -> str:
+    if is_stream:
+        return "residual stream"
+    return component.atoms[0].tensor
+
+
+def summarize_placements(placements: Sequence[Placement]) -> tuple[TransformSummary, ...]:
+    """Describe where transforms went."""
+    return tuple(
+        TransformSummary(
+            p.rotation, p.site, p.where.value, p.transform.describe() if p.transform else "", p.reason
+        )
+        for p in placements
+    )
+
+
+def summarize_outliers(
+    before: Mapping[str, Outliers], after: Mapping[str, Outliers]
+) -> tuple[SiteOutliers, ...]:
+    """Pair what was seen before rotation with what was seen after."""
+    return tuple(
+        SiteOutliers(
+            site=site,
+            ratio_before=seen.channel_ratio,
+            kurtosis_before=seen.kurtosis,
+            ratio_after=after[site].channel_ratio if site in after else None,
+            kurtosis_after=after[site].kurtosis if site in after else None,
+        )
+        for site, seen in before.items()
+    )
+
+
+def make_report(
+    findings: Findings, checkpoint: Checkpoint, graph: gs.Graph, pipeline: Pipeline, folder: Path
+) -> BuildReport:
+    """Gather everything that the report of a build shows, except its stages' times."""
+    return BuildReport(
+        model=summarize_model(checkpoint, findings.source),
+        recipe=findings.recipe.name,
+        description=findings.recipe.description,
+        recipe_text=findings.recipe.to_yaml(),
+        target=findings.target,
+        gpus=tuple(engine.gpu for engine in findings.engines),
+        text=findings.text,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        versions=versions(),
+        inputs=checkpoint.fingerprint(),
+        files={str(f.relative_to(folder)): f.stat().st_size for f in _files(folder)},
+        cache_bytes_per_token=cache_bytes_per_token(graph),
+        components=tuple(findings.components),
+        transforms=summarize_placements(pipeline.placements),
+        passes=_passes(pipeline),
+        outliers=summarize_outliers(findings.outliers_before, findings.outliers_after),
+        proof=findings.proof,
+        engines=tuple(_engine(engine, findings.plan) for engine in findings.engines),
+        notes=(*findings.notes, *pipeline.notes),
+    )
+
+
+def summarize_model(checkpoint: Checkpoint, source: str) -> ModelSummary:
+    """Describe the model that went in."""
+    config = checkpoint.config
+    sizes = {weight: int(np.prod(weight.shape)) for weight in map(checkpoint.weight, checkpoint.names())}
+    return ModelSummary(
+        name=Path(source).name,
+        source=source,
+        architecture=type(config).__name__,
+        parameters=sum(sizes.values()),
+        blocks=config.num_hidden_layers,
+        width=config.hidden_size,
+        vocabulary=config.vocab_size,
+    )
+
+
+def write_manifest(report: BuildReport, graph: gs.Graph, folder: Path) -> None:
+    """Write `rotexport.json`: what another program needs to know of the build.
+
+    Raises:
+        OutputError: the directory cannot be written.
+
+    """
+    manifest = {
+        "rotexport": __version__,
+        "created": report.created,
+        "source": report.model.source,
+        "inputs_sha256": report.inputs,
+        "recipe": report.recipe_text,
+        "target": report.target,
+        "engines": {engine.gpu: engine.file for engine in report.engines},
+        "versions": report.versions,
+        "inputs": [_port(tensor) for tensor in graph.inputs],
+        "outputs": [_port(tensor) for tensor in graph.outputs],
+        "cache_bytes_per_token": report.cache_bytes_per_token,
+        "files": report.files,
+        "figures": report.proof.figures() if report.proof is not None else None,
+        "stages": [
+            {"name": s.name, "seconds": round(s.seconds, 3), "peak_anonymous_bytes": s.peak_anonymous_bytes}
+            for s in report.stages
+        ],
+    }
+    write_json(folder / MARK, manifest)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read `rotexport.json` of a build.
+
+    Raises:
+        OutputError: there is none, or it is not one.
+
+    """
+    path = folder / MARK
+    try:
+        manifest = json.loads(path.read_text())
+    except OSError as error:
+        raise OutputError(f"'{folder}' is not a build: '{path}' cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise OutputError(f"'{path}' is not valid JSON ({error}); build again") from error
+    if not isinstance(manifest, dict) or "rotexport" not in manifest:
+        raise OutputError(f"'{path}' is not a manifest of rotexport; build again")
+    return manifest
+
+
+def cache_bytes_per_token(graph: gs.Graph) -> int:
+    """Return the bytes that one token of one row takes in the key/value cache, scales included."""
+    total = 0
+    for tensor in graph.inputs:
+        if tensor.name.startswith("past_key_values."):
+            fixed = [int(size) for size in tensor.shape if isinstance(size, int)]
+            total += int(np.prod(fixed)) * np.dtype(tensor.dtype).itemsize
+    return total
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of this package and of those whose behaviour a build depends on."""
+    found = {"rotexport": __version__}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _passes(pipeline: Pipeline) -> tuple[PassSummary, ...]:
+    validated = {r.name: r for r in pipeline.validator.records} if pipeline.validator is not None else {}
+    return tuple(
+        PassSummary(
+            name=rewrite.name,
+            preserves=rewrite.preserves.value,
+            changed=report.changed,
+            notes=tuple(report.notes),
+            comparison=validated[rewrite.name].comparison if rewrite.name in validated else None,
+        )
+        for rewrite, report in pipeline.finished
+    )
+
+
+def _engine(engine: EngineReport, plan: Sequence[SitePlan]) -> EngineSummary:
+    built = kernels(engine.layers)
+    counts = Counter(
+        (site.site.rpartition(".")[2], " and ".join(sorted(k.value for k in built.get(site.node, ()))))
+        for site in plan
+    )
+    return EngineSummary(
+        target=engine.target,
+        gpu=engine.gpu,
+        file=f"engines/{engine.path.name}",
+        size=engine.size,
+        seconds=engine.seconds,
+        kernels=tuple(KernelCount(role, kernel, count) for (role, kernel), count in counts.items()),
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(
+        f for f in folder.rglob("*") if f.is_file() and "scratch-" not in str(f.relative_to(folder))
+    )
+
+
+def _port(tensor: gs.Variable) -> dict[str, Any]:
+    element = onnx.TensorProto.DataType.Name(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)))
+    return {"name": tensor.name, "type": element.lower(), "shape": list(tensor.shape)}
+
+
+def summary(report: BuildReport) -> str:
+    """Return what a person wants to read when a build has finished, in a few lines."""
+    lines = [f"{report.model.name}: {report.recipe} for {report.target}"]
+    if report.proof is not None:
+        proof = report.proof
+        lines.append(
+            f"against PyTorch: largest logit error {proof.comparison.max_abs_error:.3g}, "
+            f"KL {proof.comparison.kl:.3g}, top-1 agreement {proof.comparison.top1_agreement:.1%}"
+        )
+        if proof.evaluation is not None and proof.reference_evaluation is not None:
+            before, after = proof.reference_evaluation.perplexity, proof.evaluation.perplexity
+            lines.append(f"perplexity: {after:.3f} (PyTorch {before:.3f})")
+    lines += [
+        f"engine {e.target} {e.gpu}: {e.size / 1e6:.0f} MB in {e.seconds:.1f} s" for e in report.engines
+    ]
+    lines += [f"note: {note}" for note in report.notes]
+    return "\n".join(lines)
+
+
+def plan_text(plan: Sequence[SitePlan]) -> str:
+    """Return what would be done to every linear: one line per role and treatment."""
+    roles: dict[tuple[str, str], int] = {}
+    for site in plan:
+        role = site.site.rpartition(".")[2]
+        activations = site.activations.format
+        if site.activations.enabled:
+            activations += f" {site.activations.mode}, groups of {site.activation_group}"
+        weights = site.weights.format + (f", groups of {site.weight_group}" if site.weights.enabled else "")
+        key = (role, f"weights {weights}; activations {activations}")
+        roles[key] = roles.get(key, 0) + 1
+    return "\n".join(f"{count:>4} x {role:<8} {treatment}" for (role, treatment), count in roles.items())

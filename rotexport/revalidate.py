@@ -1,0 +1,103 @@
+"""Looking again at finished builds: the proof on another text, and perplexities."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rotexport.checkpoint import open_checkpoint
+from rotexport.errors import RotexportError
+from rotexport.evaluate import Evaluation, LanguageModel, evaluate
+from rotexport.graph.io import Scratch, load_model
+from rotexport.graph.twin import runnable
+from rotexport.output import MARK, MODEL, write_json
+from rotexport.passes.base import Where
+from rotexport.passes.center_layernorms import CenterLayerNorms
+from rotexport.progress import Stages
+from rotexport.recipe import Recipe, parse_recipe
+from rotexport.record import read_manifest
+from rotexport.reference import reference_model
+from rotexport.report import read_report
+from rotexport.runtime import OnnxModel
+from rotexport.serialize import to_plain
+from rotexport.texts import Samples, read_text, token_windows
+from rotexport.validate import Proof, StreamView, observe_reference, prove
+
+
+def is_build(path: str | Path) -> bool:
+    """Whether a path is the directory of a finished build."""
+    return (Path(path) / MARK).is_file()
+
+
+def evaluate_path(model: str, text: Path, windows: int | None, length: int, stages: Stages) -> Evaluation:
+    """Return the perplexity of a build's graph, or of a PyTorch model, over a text file.
+
+    Args:
+        model: a build's directory, or anything `open_checkpoint` takes.
+        text: UTF-8; tokenized once as a whole, with the special tokens that the tokenizer itself adds.
+        windows: how many, from the start; None for all that are full.
+        length: tokens per window; every window starts from an empty cache.
+        stages: hears about progress.
+
+    Raises:
+        RotexportError: the model or the text cannot be read, or the text is too short.
+
+    """
+    with stages("open"):
+        content = read_text(text)
+        language_model, tokenizer = _open(model)
+        if tokenizer is None:
+            raise RotexportError(f"'{model}' has no tokenizer to read '{text}' with")
+        ids = token_windows(tokenizer, content, length, windows)
+    with stages("evaluate") as stage:
+        return evaluate(language_model, ids, stage.advance)
+
+
+def revalidate(folder: Path, text: Path | None, model: str | None, stages: Stages) -> Proof:
+    """Compare the graph of a build with its PyTorch model again; the result goes into `validation.json`.
+
+    Args:
+        folder: the build.
+        text: what to take tokens from; the text of the build by default.
+        model: where the PyTorch model is now; where it was at the build by default.
+        stages: hears about progress.
+
+    Raises:
+        RotexportError: something is missing. Missed thresholds raise in `Proof.require`.
+
+    """
+    with stages("open"):
+        manifest = read_manifest(folder)
+        recipe = parse_recipe(str(manifest["recipe"]), str(folder / MARK))
+        checkpoint = open_checkpoint(model or str(manifest["source"]))
+        samples = Samples.of(checkpoint)
+        if text is not None:
+            samples = samples.proving_on(checkpoint, text)
+    with stages("reference") as stage:
+        reference = observe_reference(
+            reference_model(checkpoint), samples.tokens, samples.windows, stage.advance
+        )
+    with stages("validate") as stage, tempfile.TemporaryDirectory(prefix="rotexport-") as scratch:
+        path = runnable(load_model(folder / MODEL), folder / MODEL, Scratch(Path(scratch)))
+        proof = prove(reference, path, recipe.thresholds, _view(folder, recipe), stage.advance)
+    write_json(folder / "validation.json", {"text": samples.source, "proof": to_plain(proof)})
+    return proof
+
+
+def _view(folder: Path, recipe: Recipe) -> StreamView:
+    report = read_report(folder)
+    rotated = any(t.rotation == "r1" and t.where != Where.REFUSED.value for t in report.transforms)
+    centered = any(p.name == CenterLayerNorms.name and p.changed for p in report.passes)
+    return StreamView.after(recipe.rotations.r1.transform(report.model.width) if rotated else None, centered)
+
+
+def _open(model: str) -> tuple[LanguageModel, PreTrainedTokenizerBase | None]:
+    if not is_build(model):
+        checkpoint = open_checkpoint(model)
+        return reference_model(checkpoint), checkpoint.tokenizer()
+    folder = Path(model)
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
+    return OnnxModel(folder / MODEL), tokenizer
