@@ -35,13 +35,6 @@ class QuantizedTensor:
     scales: Array
     factors: Array | None = None
 
-    def dequantize(self) -> Array:
-        """Return the float32 matrix [K, N] that the codes stand for."""
-        scales = self.scales if self.factors is None else self.scales * self.factors
-        group = len(self.codes) // len(scales)
-        result: Array = self.codes.astype(np.float32) * np.repeat(scales, group, axis=0)
-        return result
-
 
 class WeightQuantizer(Protocol):
     """Turns a float matrix [K, N] into codes and scales; compared by value, so a frozen dataclass.
