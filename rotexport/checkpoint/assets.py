@@ -17,6 +17,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from rotexport.checkpoint.checkpoint import Assets
@@ -46,11 +47,11 @@ class DirectoryAssets(Assets):
     weight_files: tuple[Path, ...]
     trust_remote_code: bool
 
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+    def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """Load the tokenizer; None when the directory has none of a tokenizer's files."""
         if not self._tokenizer_files():
             return None
-        return load_tokenizer(self.directory, trust_remote_code=self.trust_remote_code)
+        return read_tokenizer(AutoTokenizer, self.directory, trust_remote_code=self.trust_remote_code)
 
     def save(self, directory: Path, config: PretrainedConfig) -> None:
         """Copy the tokenizer's and generation files; write the configuration."""
@@ -75,16 +76,19 @@ class GgufAssets(Assets):
 
     path: Path
 
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """Rebuild the tokenizer from the file's metadata."""
-        return load_tokenizer(self.path.parent, gguf_file=self.path.name)
+    def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Rebuild the tokenizer from the file's metadata.
+
+        Not through AutoTokenizer, which would spend seconds on finding the class: of a GGUF file, every
+        tokenizer is one of the `tokenizers` library.
+        """
+        return read_tokenizer(PreTrainedTokenizerFast, self.path.parent, gguf_file=self.path.name)
 
     def save(self, directory: Path, config: PretrainedConfig) -> None:
         """Write the rebuilt tokenizer and configuration as Hugging Face files."""
         save_configs(directory, config, GenerationConfig.from_model_config(config))
-        tokenizer = self.tokenizer()
-        if tokenizer is not None:
-            tokenizer.save_pretrained(directory)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(directory)
 
     def fingerprint(self) -> dict[str, str]:
         """Hash the file."""
@@ -97,7 +101,7 @@ class LoadedAssets(Assets):
 
     model: PreTrainedModel
 
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+    def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """Load the tokenizer from the model's `name_or_path`, never from the network; None if not there."""
         origin = self.model.name_or_path
         if not origin:
@@ -110,9 +114,8 @@ class LoadedAssets(Assets):
     def save(self, directory: Path, config: PretrainedConfig) -> None:
         """Write configuration, generation configuration and, where there is one, the tokenizer."""
         save_configs(directory, config, self.model.generation_config)
-        tokenizer = self.tokenizer()
-        if tokenizer is not None:
-            tokenizer.save_pretrained(directory)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(directory)
 
     def fingerprint(self) -> dict[str, str]:
         """Hash names, types, shapes and elements of the whole `state_dict`."""
@@ -123,14 +126,14 @@ class LoadedAssets(Assets):
         return {"state_dict": digest.hexdigest()}
 
 
-def load_tokenizer(directory: Path, **options: Any) -> PreTrainedTokenizerBase:
-    """Load the tokenizer in `directory`, never from the network.
+def read_tokenizer(kind: Any, directory: Path, **options: Any) -> PreTrainedTokenizerBase:
+    """Load a tokenizer, of class `kind`, from `directory`.
 
     Raises:
         CheckpointError: transformers cannot load it.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, **options)
+        tokenizer = kind.from_pretrained(directory, **options)
     except Exception as error:  # tokenizers raises bare Exception on a corrupt file
         raise CheckpointError(
             f"the tokenizer in {directory / options.get('gguf_file', '')} cannot be loaded "

@@ -20,8 +20,13 @@ from rotexport.graph.weights import Weight
 class Assets(ABC):
     """What travels with the weights: the tokenizer, the generation configuration, the files themselves."""
 
-    @abstractmethod
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer, loaded at the first use; None when the model comes without one."""
+        return self.load_tokenizer()
+
+    @abstractmethod
+    def load_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """Load the tokenizer; None when the model comes without one."""
 
     @abstractmethod
@@ -66,11 +71,7 @@ class Checkpoint:
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """Return the tokenizer, loaded once; None when the model comes without one."""
-        return self._tokenizer
-
-    @cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase | None:
-        return self.assets.tokenizer()
+        return self.assets.tokenizer
 
     def save_assets(self, directory: Path) -> None:
         """Write tokenizer, chat template, `config.json` and `generation_config.json` into `directory`."""

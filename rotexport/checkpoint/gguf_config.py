@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
@@ -40,7 +41,7 @@ def read_config(file: GgufFile) -> PretrainedConfig:
         return AutoConfig.for_model(
             _MODEL_TYPES.get(architecture, architecture), **_fields(file, architecture)
         )
-    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, KeyError, ZeroDivisionError, StrictDataclassError) as error:
         raise CheckpointError(
             f"{file.path} describes no valid {architecture!r} model ({' '.join(str(error).split())}); "
             "download it again"

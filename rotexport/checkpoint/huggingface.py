@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from rotexport.checkpoint.assets import DirectoryAssets
@@ -30,8 +32,7 @@ def open_directory(directory: Path, trust_remote_code: bool) -> Checkpoint:
         CheckpointError: see the message.
         UnsupportedModelError: the architecture is unknown or no causal language model.
     """
-    whole = read_config(directory, trust_remote_code)
-    config = whole.get_text_config()
+    whole, config = read_config(directory, trust_remote_code)
     files, tensors = _find_tensors(directory)
     model = skeleton(config, trust_remote_code)
     if config is not whole:
@@ -43,9 +44,33 @@ def open_directory(directory: Path, trust_remote_code: bool) -> Checkpoint:
     return assemble(config, model, by_model_name, assets, trust_remote_code)
 
 
-def read_config(directory: Path, trust_remote_code: bool) -> PretrainedConfig:
-    """Read `config.json`, refusing what is no model and what is already quantized."""
+def read_config(directory: Path, trust_remote_code: bool) -> tuple[PretrainedConfig, PretrainedConfig]:
+    """Read `config.json`, refusing what is no model and what is already quantized.
+
+    Returns:
+        The configuration, and that of its text part: the same, unless the model is multimodal.
+    """
     path = directory / "config.json"
+    fields = _read_fields(path)
+    try:
+        whole = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        text = whole.get_text_config()
+    except StrictDataclassError as error:
+        raise CheckpointError(f"{path} has an illegal value: {' '.join(str(error).split())}") from error
+    except (ValueError, KeyError, OSError, TypeError, ImportError) as error:
+        raise UnsupportedModelError(
+            f"transformers finds no language model in {path} of type {fields.get('model_type')!r}; "
+            "pass a causal language model, and --trust-remote-code if it brings its own code"
+        ) from error
+    if getattr(whole, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{path}: {whole.model_type!r} is an encoder-decoder; pass a decoder-only model"
+        )
+    return whole, text
+
+
+def _read_fields(path: Path) -> dict[str, Any]:
+    directory = path.parent
     if not path.is_file():
         ggufs = sorted(file.name for file in directory.glob("*.gguf"))
         hint = f"give one of its GGUF files, such as {ggufs[0]}" if ggufs else "give a model directory"
@@ -64,13 +89,7 @@ def read_config(directory: Path, trust_remote_code: bool) -> PretrainedConfig:
         raise CheckpointError(
             f"{directory} is already quantized ({method!r}); pass the float model it was made from"
         )
-    try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, TypeError, ImportError) as error:
-        raise UnsupportedModelError(
-            f"transformers does not know the model type {fields.get('model_type')!r} of {path}; "
-            "upgrade transformers, or pass --trust-remote-code if the model brings its own code"
-        ) from error
+    return fields
 
 
 def _find_tensors(directory: Path) -> tuple[list[Path], dict[str, Weight]]:

@@ -31,13 +31,20 @@ def open_checkpoint(model: str | Path | PreTrainedModel, *, trust_remote_code: b
     """
     if isinstance(model, PreTrainedModel):
         return open_loaded(model)
+    try:
+        return _open_path(str(model), trust_remote_code)
+    except OSError as error:
+        raise CheckpointError(f"{model} cannot be read: {error.strerror} ({error.filename})") from error
+
+
+def _open_path(model: str, trust_remote_code: bool) -> Checkpoint:
     path = Path(model).expanduser()
     if path.is_dir():
         return open_directory(path, trust_remote_code)
     if path.is_file():
         return _open_file(path)
-    if path.suffix != ".gguf" and _HUB_ID.fullmatch(str(model)):
-        return open_directory(download(str(model), with_code=trust_remote_code), trust_remote_code)
+    if path.suffix != ".gguf" and _HUB_ID.fullmatch(model):
+        return open_directory(download(model, with_code=trust_remote_code), trust_remote_code)
     raise CheckpointError(
         f"{model} does not exist; give a model directory, a .gguf file or a hub id such as 'owner/name'"
     )

@@ -172,6 +172,12 @@ def test_other_position_scaling_is_refused(tmp_path):
         open_checkpoint(tmp_path / "tiny.gguf")
 
 
+def test_metadata_of_the_wrong_type_is_refused(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", "llama", metadata={"llama.rope.dimension_count": "long"})
+    with pytest.raises(CheckpointError, match=r"describes no valid 'llama' model .*'head_dim' expected int"):
+        open_checkpoint(tmp_path / "tiny.gguf")
+
+
 def test_an_architecture_that_is_not_read_is_refused(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "mamba")
     writer.write_header_to_file()

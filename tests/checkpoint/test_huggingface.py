@@ -197,10 +197,30 @@ def test_an_unknown_model_type(saved):
         open_checkpoint(directory)
 
 
-def test_no_causal_language_model(saved):
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "t5"},
+        {
+            "model_type": "encoder-decoder",
+            "encoder": {"model_type": "bert"},
+            "decoder": {"model_type": "bert"},
+        },
+    ],
+)
+def test_no_causal_language_model(saved, fields):
     _, directory = saved
-    (directory / "config.json").write_text('{"model_type": "t5"}')
-    with pytest.raises(UnsupportedModelError, match="no causal language model from this 't5'"):
+    (directory / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UnsupportedModelError, match=f"'{fields['model_type']}'"):
+        open_checkpoint(directory)
+
+
+def test_an_illegal_value(saved):
+    _, directory = saved
+    edit_config(directory, num_attention_heads="many")
+    with pytest.raises(
+        CheckpointError, match=r"'num_attention_heads' expected int, got str \(value: 'many'\)"
+    ):
         open_checkpoint(directory)
 
 

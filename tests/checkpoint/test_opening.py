@@ -1,5 +1,8 @@
 """The entrance: which reader a model goes to, and what is no model at all."""
 
+import errno
+from pathlib import Path
+
 import huggingface_hub.constants
 import numpy as np
 import pytest
@@ -28,6 +31,15 @@ def test_a_file_that_is_no_model(tmp_path):
     (tmp_path / "notes.md").write_text("# Notes")
     with pytest.raises(CheckpointError, match=r"notes\.md is not a model"):
         open_checkpoint(tmp_path / "notes.md")
+
+
+def test_a_file_that_cannot_be_read(saved, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", "model.safetensors")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot be read: Permission denied \(model\.safetensors\)"):
+        open_checkpoint(saved[1])
 
 
 def test_the_home_directory_is_expanded(saved, monkeypatch):
