@@ -12,3 +12,10 @@ add_library(rotexport_emulator STATIC emulator/device.cpp emulator/fiber.cpp emu
 add_library(rotexport_planted_bugs SHARED ../tests/plugins/planted_bugs.cpp)
 target_link_libraries(rotexport_planted_bugs PRIVATE rotexport_emulator)
 set_target_properties(rotexport_planted_bugs PROPERTIES CXX_VISIBILITY_PRESET default)
+
+include(cmake/kernels.cmake)
+target_link_libraries(rotexport_kernels PUBLIC rotexport_emulator)
+
+add_library(rotexport_emulated_kernels SHARED ../tests/plugins/emulated_kernels.cpp)
+target_link_libraries(rotexport_emulated_kernels PRIVATE rotexport_kernels)
+set_target_properties(rotexport_emulated_kernels PROPERTIES CXX_VISIBILITY_PRESET default)

@@ -1,0 +1,588 @@
+// The kernel behind fast_hadamard.h.
+//
+// A warp transforms tiles of 16 rows and 64 columns of the matrix view of a block (fast_hadamard.h:
+// Geometry), or two of them. The tensor cores mix rows: y = A x with A a matrix of signs, x straight from
+// global memory. Then each lane holds, of rows g and g + 8 (lane = 4 g + q), the columns 8 (q + 4 j) + t for
+// j = 0, 1 and t = 0 ... 7, so column bits 0-2 (t) and 5 (j) are mixed in registers, bits 3 and 4 (q) by
+// shuffles, bit 6 across the two tiles, and higher bits after an exchange between warps through shared
+// memory. A lane loads and stores 16 bytes at a time.
+#pragma once
+
+#include <type_traits>
+
+#include "kernels/device.h"
+#include "kernels/fast_hadamard.h"
+#include "kernels/fast_hadamard_matrix.h"
+
+namespace fast_hadamard {
+
+// kColumnClass: log2 of the number of columns, 3 standing for 3 or more (vectors of 8 lie in one row from
+// there). kRowTiles, kColumnTiles: tiles of a warp, side by side. kExchange: warps that share a row of the
+// matrix.
+template <class Element_, Output kOutput_, int kColumnClass_, int kRowTiles_, int kColumnTiles_,
+          int kExchange_>
+struct Traits {
+  using Element = Element_;
+  // What the tensor cores multiply in: float32 is split into three bfloat16 pieces.
+  using Factor = std::conditional_t<std::is_same<Element, float>::value, device::BFloat16, Element>;
+  using Result = std::conditional_t<kOutput_ == Output::kSame, Element, int8_t>;
+  static constexpr Output kOutput = kOutput_;
+  static constexpr bool kQuantizes = kOutput != Output::kSame;
+  static constexpr int kColumnClass = kColumnClass_;
+  static constexpr int kRowTiles = kRowTiles_;
+  static constexpr int kColumnTiles = kColumnTiles_;
+  static constexpr int kExchange = kExchange_;
+  static constexpr int kMaxThreads = 512;
+  static constexpr int kRun =
+      kColumnClass == 3 ? 8 : 1 << kColumnClass;           // neighbours in memory that a lane holds
+  static constexpr int kWords = 32 * sizeof(Element) / 4;  // a lane's share of a tile of x
+
+  static_assert(kColumnClass >= 0 && kColumnClass <= 3, "columns come in classes 0 to 3");
+  static_assert(kRowTiles * kColumnTiles <= 2, "a warp holds at most two tiles in registers");
+  static_assert(kColumnTiles == 1 || kColumnClass == 3, "only long rows span two tiles");
+  static_assert(kExchange == 1 || kColumnTiles == 2,
+                "rows are split between warps when two tiles do not hold them");
+  static_assert(kExchange <= 16 && (kExchange & (kExchange - 1)) == 0,
+                "16 warps of two tiles are the longest row");
+};
+
+template <class Traits>
+struct KernelOperands {
+  device::Global<const typename Traits::Element> x;
+  device::Global<const typename Traits::Element> signs;
+  device::Global<const int8_t> base;
+  device::Global<const uint32_t> packed_signs;  // of the matrix, where it has more than one tile
+  device::Global<typename Traits::Result> y;
+  device::Global<float> scale;
+};
+
+// Where one warp's tile lies.
+struct Place {
+  int64_t unit_start;  // in x
+  int unit_count;      // elements of the unit that exist
+  int unit_row_start;  // unit_start modulo the row length
+  int first_block;     // offset in the unit of the tile's first block
+  int row_group;
+  int first_column;
+};
+
+template <class Traits>
+class Tile {
+ public:
+  using Element = typename Traits::Element;
+  using Factor = typename Traits::Factor;
+
+  ROTEXPORT_DEVICE explicit Tile(const Geometry& geometry)
+      : geometry_(geometry), g_(device::thread_index() % 32 / 4), q_(device::thread_index() % 4) {}
+
+  // A matrix of one tile stays in registers.
+  ROTEXPORT_DEVICE void load_matrix(const device::Global<const int8_t>& base) {
+    ROTEXPORT_UNROLL
+    for (int r = 0; r < 4; ++r) {
+      const int row = g_ + 8 * (r & 1);
+      const int column = 4 * q_ + 2 * (r >> 1);
+      const auto low = static_cast<float>(matrix_entry(geometry_, base, row, column));
+      const auto high = static_cast<float>(matrix_entry(geometry_, base, row, column + 1));
+      narrow_matrix_[r] = device::pack<Factor>(low, high);
+    }
+  }
+
+  // sums = matrix . (x * signs), then the butterflies within the tile.
+  ROTEXPORT_DEVICE void transform(const Place& place, const KernelOperands<Traits>& operands) {
+    ROTEXPORT_UNROLL
+    for (int i = 0; i < kSums; ++i) (&sums_[0][0][0][0])[i] = 0.0f;
+    const int row_tiles = (geometry_.order + 15) / 16;
+    for (int k = 0; k < row_tiles; ++k) {
+      uint32_t matrix[Traits::kRowTiles][4];
+      load_fragments(matrix, place.row_group, k, row_tiles, operands.packed_signs);
+      ROTEXPORT_UNROLL
+      for (int c = 0; c < Traits::kColumnTiles; ++c) {
+        uint32_t words[Traits::kWords];
+        load_tile(words, place, k, c, operands);
+        multiply(words, matrix, c);
+      }
+    }
+    mix_columns();
+  }
+
+  // Mixes what lies in the tiles of other warps, through `buffer`: half of the rows at a time, which halves
+  // its size.
+  ROTEXPORT_DEVICE void exchange(const Place& place, const device::Shared<float>& buffer) {
+    constexpr int kLength = 32 / Traits::kExchange;  // neighbouring columns of a thread after the exchange
+    constexpr int kVector = kLength < 4 ? kLength : 4;
+    using Piece = Vector<float, kVector>;
+    const int columns = 1 << geometry_.log_columns;
+    const int thread = static_cast<int>(device::thread_index());
+    const int read_row = thread / (4 * Traits::kExchange);
+    const int first = thread % (4 * Traits::kExchange) * kLength;
+    float received[2][Traits::kExchange][kLength];
+    ROTEXPORT_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      write_half(place, buffer, half);
+      device::barrier();
+      ROTEXPORT_UNROLL
+      for (int x = 0; x < Traits::kExchange; ++x) {
+        ROTEXPORT_UNROLL
+        for (int i = 0; i < kLength; i += kVector) {
+          const int column = 128 * x + first + i;
+          const int chunk = swizzle(column / 4, read_row);
+          const Piece piece = buffer.template load<Piece>(read_row * columns + 4 * chunk + column % 4);
+          ROTEXPORT_UNROLL
+          for (int j = 0; j < kVector; ++j) received[half][x][i + j] = piece.values[j];
+        }
+      }
+      device::barrier();
+    }
+    ROTEXPORT_UNROLL
+    for (int stride = 1; stride < Traits::kExchange; stride *= 2) {
+      ROTEXPORT_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        ROTEXPORT_UNROLL
+        for (int x = 0; x < Traits::kExchange; ++x) {
+          if (x & stride) continue;
+          ROTEXPORT_UNROLL
+          for (int i = 0; i < kLength; ++i)
+            add_and_subtract(received[half][x][i], received[half][x + stride][i]);
+        }
+      }
+    }
+    ROTEXPORT_UNROLL
+    for (int i = 0; i < 64; ++i) (&sums_[0][0][0][0])[i] = (&received[0][0][0])[i];
+  }
+
+  // Calls visit(offset in the unit, exists, values) for every run of neighbours that the lane holds; all
+  // lanes of a warp make the same calls.
+  template <class Visit>
+  ROTEXPORT_DEVICE void for_each_run(const Place& place, const Visit& visit) const {
+    if constexpr (Traits::kExchange > 1) {
+      for_each_exchanged_run(place, visit);
+    } else {
+      ROTEXPORT_UNROLL
+      for (int r = 0; r < Traits::kRowTiles; ++r) {
+        ROTEXPORT_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const int row = 16 * (place.row_group * Traits::kRowTiles + r) + g_ + 8 * half;
+          ROTEXPORT_UNROLL
+          for (int cj = 0; cj < 2 * Traits::kColumnTiles; ++cj)
+            visit_vector(place, r, cj / 2, half, cj % 2, row, visit);
+        }
+      }
+    }
+  }
+
+  static constexpr int kLongestRun = Traits::kExchange > 1 ? 32 / Traits::kExchange : Traits::kRun;
+
+ private:
+  static constexpr int kSums = 32 * Traits::kRowTiles * Traits::kColumnTiles;
+
+  static ROTEXPORT_DEVICE void add_and_subtract(float& a, float& b) {
+    const float sum = a + b;
+    b = a - b;
+    a = sum;
+  }
+
+  // Index, among the 32 elements of x that a lane holds of a tile, of row 4 q + k of its column t.
+  static constexpr ROTEXPORT_DEVICE int element(int k, int t) {
+    return Traits::kColumnClass == 3
+               ? 8 * k + t
+               : t / Traits::kRun * 4 * Traits::kRun + k * Traits::kRun + t % Traits::kRun;
+  }
+
+  ROTEXPORT_DEVICE void load_fragments(uint32_t (&matrix)[Traits::kRowTiles][4], int row_group, int k,
+                                       int row_tiles, const device::Global<const uint32_t>& packed) const {
+    if (row_tiles == 1) {
+      ROTEXPORT_UNROLL
+      for (int r = 0; r < 4; ++r) matrix[0][r] = narrow_matrix_[r];
+      return;
+    }
+    constexpr uint32_t kOnes = std::is_same<Factor, device::Half>::value ? 0x3c003c00u : 0x3f803f80u;
+    const int quads = (row_tiles + 3) / 4;
+    ROTEXPORT_UNROLL
+    for (int i = 0; i < Traits::kRowTiles; ++i) {
+      const int row_tile = row_group * Traits::kRowTiles + i;
+      const uint32_t word = packed.load<uint32_t>((row_tile * quads + k / 4) * 32 +
+                                                  static_cast<int>(device::thread_index() % 32)) >>
+                            k % 4 * 4;
+      ROTEXPORT_UNROLL
+      for (int r = 0; r < 4; ++r) matrix[i][r] = ((word << (15 - r)) & 0x80008000u) ^ kOnes;
+    }
+  }
+
+  // The lane's 32 elements of tile (k, c) of x with their signs applied, zero where there are none.
+  ROTEXPORT_DEVICE void load_tile(uint32_t (&words)[Traits::kWords], const Place& place, int k, int c,
+                                  const KernelOperands<Traits>& operands) const {
+    const int row = 16 * k + 4 * q_;
+    // Lane group 2 q + j brings vector q + 4 j of the columns, so that the sums come out as described at the
+    // top.
+    const int column = place.first_column + 64 * c + 8 * (g_ / 2 + 4 * (g_ % 2));
+    if constexpr (Traits::kColumnClass == 3) {
+      const int block = place.first_block + (column >> geometry_.log_columns) * geometry_.block;
+      const bool exists = row < geometry_.order && block < place.unit_count;
+      const int inside = (row << geometry_.log_columns) + (column & ((1 << geometry_.log_columns) - 1));
+      const int in_row = (place.unit_row_start + block) % geometry_.row + inside;
+      ROTEXPORT_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int step = i << geometry_.log_columns;
+        load_run<8>(words + i * Traits::kWords / 4, exists, place.unit_start + block + inside + step,
+                    in_row + step, operands);
+      }
+    } else {
+      constexpr int kBlocks = 8 / Traits::kRun;
+      ROTEXPORT_UNROLL
+      for (int i = 0; i < kBlocks; ++i) {
+        const int block = place.first_block + (column / Traits::kRun + i) * geometry_.block;
+        const bool exists = row < geometry_.order && block < place.unit_count;
+        const int inside = row * Traits::kRun;
+        load_run<4 * Traits::kRun>(words + i * Traits::kWords / kBlocks, exists,
+                                   place.unit_start + block + inside,
+                                   (place.unit_row_start + block) % geometry_.row + inside, operands);
+      }
+    }
+  }
+
+  template <int kCount>
+  ROTEXPORT_DEVICE void load_run(uint32_t* words, bool exists, int64_t index, int in_row,
+                                 const KernelOperands<Traits>& operands) const {
+    constexpr int kRunWords = kCount * static_cast<int>(sizeof(Element)) / 4;
+    constexpr int kVector = kRunWords < 4 ? kRunWords : 4;
+    constexpr int kPerWord = 4 / static_cast<int>(sizeof(Element));
+    constexpr uint32_t kSignBits = sizeof(Element) == 2 ? 0x80008000u : 0x80000000u;
+    using Words = Vector<uint32_t, kVector>;
+    ROTEXPORT_UNROLL
+    for (int i = 0; i < kRunWords; i += kVector) {
+      Words values{};
+      Words signs{};
+      if (exists) {
+        values = operands.x.template load<Words>(index + i * kPerWord);
+        signs = operands.signs.template load<Words>(in_row + i * kPerWord);
+      }
+      ROTEXPORT_UNROLL
+      for (int j = 0; j < kVector; ++j) words[i + j] = values.values[j] ^ (signs.values[j] & kSignBits);
+    }
+  }
+
+  ROTEXPORT_DEVICE void multiply(uint32_t (&words)[Traits::kWords],
+                                 const uint32_t (&matrix)[Traits::kRowTiles][4], int c) {
+    constexpr int kPieces = sizeof(Element) == 2 ? 1 : 3;
+    ROTEXPORT_UNROLL
+    for (int piece = 0; piece < kPieces; ++piece) {
+      ROTEXPORT_UNROLL
+      for (int t = 0; t < 8; ++t) {
+        const uint32_t column[2] = {take_pair(words, element(0, t), element(1, t)),
+                                    take_pair(words, element(2, t), element(3, t))};
+        ROTEXPORT_UNROLL
+        for (int r = 0; r < Traits::kRowTiles; ++r)
+          device::multiply_add<Factor>(sums_[r][c][t], matrix[r], column);
+      }
+    }
+  }
+
+  // Two elements as factors. Of a float32 it takes the leading eight bits, and leaves the rest for the next
+  // piece.
+  static ROTEXPORT_DEVICE uint32_t take_pair(uint32_t (&words)[Traits::kWords], int first, int second) {
+    if constexpr (sizeof(Element) == 2) {
+      const uint32_t selector = (first % 2 ? 0x32u : 0x10u) | (second % 2 ? 0x7600u : 0x5400u);
+      return device::pick_bytes(words[first / 2], words[second / 2], selector);
+    } else {
+      const uint32_t pair = device::pick_bytes(words[first], words[second], 0x7632u);
+      words[first] = remainder(words[first]);
+      words[second] = remainder(words[second]);
+      return pair;
+    }
+  }
+
+  static ROTEXPORT_DEVICE uint32_t remainder(uint32_t bits) {
+    return device::float_bits(device::bits_float(bits) - device::bits_float(bits & 0xffff0000u));
+  }
+
+  ROTEXPORT_DEVICE void mix_columns() {
+    constexpr bool kLong = Traits::kColumnTiles == 2;
+    const int stages = geometry_.stages;
+    ROTEXPORT_UNROLL
+    for (int r = 0; r < Traits::kRowTiles; ++r) {
+      ROTEXPORT_UNROLL
+      for (int c = 0; c < Traits::kColumnTiles; ++c) {
+        ROTEXPORT_UNROLL
+        for (int bit = 0; bit < 3; ++bit) {
+          if (kLong || bit < stages) mix_vectors(sums_[r][c], 1 << bit);
+        }
+        if (kLong || stages > 3) mix_lanes(sums_[r][c], 1);
+        if (kLong || stages > 4) mix_lanes(sums_[r][c], 2);
+        if (kLong || stages > 5) mix_halves(sums_[r][c]);
+      }
+      if constexpr (kLong) {
+        ROTEXPORT_UNROLL
+        for (int i = 0; i < 32; ++i) add_and_subtract(sums_[r][0][i / 4][i % 4], sums_[r][1][i / 4][i % 4]);
+      }
+    }
+  }
+
+  static ROTEXPORT_DEVICE void mix_vectors(float (&sums)[8][4], int stride) {
+    ROTEXPORT_UNROLL
+    for (int t = 0; t < 8; ++t) {
+      if (t & stride) continue;
+      ROTEXPORT_UNROLL
+      for (int i = 0; i < 4; ++i) add_and_subtract(sums[t][i], sums[t + stride][i]);
+    }
+  }
+
+  ROTEXPORT_DEVICE void mix_lanes(float (&sums)[8][4], int lanes) const {
+    const float sign = q_ & lanes ? -1.0f : 1.0f;
+    ROTEXPORT_UNROLL
+    for (int i = 0; i < 32; ++i) {
+      const float own = sums[i / 4][i % 4];
+      sums[i / 4][i % 4] = sign * own + device::shuffle_xor(own, lanes);
+    }
+  }
+
+  static ROTEXPORT_DEVICE void mix_halves(float (&sums)[8][4]) {
+    ROTEXPORT_UNROLL
+    for (int i = 0; i < 16; ++i) add_and_subtract(sums[i / 2][i % 2 * 2], sums[i / 2][i % 2 * 2 + 1]);
+  }
+
+  // Four columns are a chunk; permuting the chunks of a row spreads a warp's accesses over all banks.
+  static ROTEXPORT_DEVICE int swizzle(int chunk, int row) { return chunk ^ (chunk >> 3 & 3) ^ (row & 1); }
+
+  ROTEXPORT_DEVICE void write_half(const Place& place, const device::Shared<float>& buffer, int half) const {
+    using Piece = Vector<float, 4>;
+    const int row = 8 * place.row_group + g_;
+    ROTEXPORT_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      const int c = i / 4;
+      const int j = i / 2 % 2;
+      const int t = i % 2 * 4;
+      const int chunk = (place.first_column + 64 * c + 8 * (q_ + 4 * j) + t) / 4;
+      const int sum = 2 * half + j;
+      const Piece piece = {sums_[0][c][t][sum], sums_[0][c][t + 1][sum], sums_[0][c][t + 2][sum],
+                           sums_[0][c][t + 3][sum]};
+      buffer.store((row << geometry_.log_columns) + 4 * swizzle(chunk, row), piece);
+    }
+  }
+
+  template <class Visit>
+  ROTEXPORT_DEVICE void visit_vector(const Place& place, int r, int c, int half, int j, int row,
+                                     const Visit& visit) const {
+    const int column = 64 * c + 8 * (q_ + 4 * j);
+    constexpr int kRun = Traits::kRun;
+    ROTEXPORT_UNROLL
+    for (int first = 0; first < 8; first += kRun) {
+      const int at = column + first;
+      const int block = place.first_block + (at >> geometry_.log_columns) * geometry_.block;
+      const int inside = (row << geometry_.log_columns) + (at & ((1 << geometry_.log_columns) - 1));
+      float values[kRun];
+      ROTEXPORT_UNROLL
+      for (int t = 0; t < kRun; ++t) values[t] = sums_[r][c][first + t][2 * half + j] * geometry_.scale;
+      visit(block + inside, row < geometry_.order && block < place.unit_count, values);
+    }
+  }
+
+  template <class Visit>
+  ROTEXPORT_DEVICE void for_each_exchanged_run(const Place& place, const Visit& visit) const {
+    constexpr int kLength = kLongestRun;
+    const int thread = static_cast<int>(device::thread_index());
+    const int read_row = thread / (4 * Traits::kExchange);
+    ROTEXPORT_UNROLL
+    for (int i = 0; i < 2 * Traits::kExchange; ++i) {
+      const int half = i / Traits::kExchange;
+      const int row = read_row / 8 * 16 + read_row % 8 + 8 * half;
+      const int column = 128 * (i % Traits::kExchange) + thread % (4 * Traits::kExchange) * kLength;
+      float values[kLength];
+      ROTEXPORT_UNROLL
+      for (int j = 0; j < kLength; ++j) values[j] = (&sums_[0][0][0][0])[i * kLength + j] * geometry_.scale;
+      visit(place.first_block + (row << geometry_.log_columns) + column, row < geometry_.order, values);
+    }
+  }
+
+  const Geometry& geometry_;
+  int g_;
+  int q_;
+  uint32_t narrow_matrix_[4];
+  float sums_[Traits::kRowTiles][Traits::kColumnTiles][8][4];
+};
+
+// Stores `kCount` neighbours. All lanes of the warp call it.
+template <class Traits, int kCount>
+ROTEXPORT_DEVICE void store_run(const KernelOperands<Traits>& operands, int64_t index, bool exists,
+                                const float (&values)[kCount], float inverse_scale) {
+  if constexpr (Traits::kQuantizes) {
+    constexpr int kBits = Traits::kOutput == Output::kInt8 ? 8 : 4;
+    constexpr int kLargest = (1 << (kBits - 1)) - 1;
+    uint32_t codes[(kCount * kBits + 31) / 32] = {};
+    ROTEXPORT_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      int code = device::round_to_int(values[i] * inverse_scale);
+      code = code > kLargest ? kLargest : code < -kLargest - 1 ? -kLargest - 1 : code;
+      codes[i * kBits / 32] |= (static_cast<uint32_t>(code) & ((1u << kBits) - 1)) << i * kBits % 32;
+    }
+    constexpr int kBytes = kCount * kBits / 8;
+    if constexpr (kBytes == 0) {
+      // The other nibble of the byte is in the lane that holds the next row.
+      const uint32_t other = device::shuffle_xor(codes[0], 4);
+      const auto byte = static_cast<uint8_t>(codes[0] | other << 4);
+      if (exists && index % 2 == 0) operands.y.store(index / 2, byte);
+    } else if (exists) {
+      const int64_t at = index * kBits / 8;
+      if constexpr (kBytes == 1) {
+        operands.y.store(at, static_cast<uint8_t>(codes[0]));
+      } else if constexpr (kBytes == 2) {
+        operands.y.store(at, static_cast<uint16_t>(codes[0]));
+      } else {
+        constexpr int kVector = kBytes < 16 ? kBytes / 4 : 4;
+        ROTEXPORT_UNROLL
+        for (int i = 0; i < kBytes / 4; i += kVector) {
+          Vector<uint32_t, kVector> piece;
+          ROTEXPORT_UNROLL
+          for (int j = 0; j < kVector; ++j) piece.values[j] = codes[i + j];
+          operands.y.store(at + 4 * i, piece);
+        }
+      }
+    }
+  } else if (exists) {
+    constexpr int kBytes = kCount * static_cast<int>(sizeof(typename Traits::Element));
+    if constexpr (kBytes == 2) {
+      const uint32_t packed = device::pack<typename Traits::Element>(values[0], 0.0f);
+      operands.y.store(index, static_cast<uint16_t>(packed));
+    } else {
+      constexpr int kVector = kBytes < 16 ? kBytes / 4 : 4;
+      constexpr int kPerWord = 4 / static_cast<int>(sizeof(typename Traits::Element));
+      ROTEXPORT_UNROLL
+      for (int i = 0; i < kBytes / 4; i += kVector) {
+        Vector<uint32_t, kVector> piece;
+        ROTEXPORT_UNROLL
+        for (int j = 0; j < kVector; ++j) {
+          if constexpr (kPerWord == 1) {
+            piece.values[j] = device::float_bits(values[i + j]);
+          } else {
+            piece.values[j] =
+                device::pack<typename Traits::Element>(values[2 * (i + j)], values[2 * (i + j) + 1]);
+          }
+        }
+        operands.y.store(index + i * kPerWord, piece);
+      }
+    }
+  }
+}
+
+// The largest |value| of each token of a unit, as the bits of a float: they order as the floats do, NaN last.
+// Then the inverse of the token's scale.
+template <class Traits>
+class Peaks {
+ public:
+  ROTEXPORT_DEVICE explicit Peaks(const Geometry& geometry)
+      : peaks_(0), geometry_(geometry), tokens_(geometry.unit / geometry.row) {}
+
+  ROTEXPORT_DEVICE void clear() const {
+    for (int i = thread(); i < tokens_; i += threads()) peaks_.store(i, uint32_t{0});
+    device::barrier();
+  }
+
+  ROTEXPORT_DEVICE void gather(const Tile<Traits>& tile, const Place& place) const {
+    uint32_t peak = 0;
+    tile.for_each_run(place, [&](int offset, bool exists, const auto& values) {
+      uint32_t largest = 0;
+      ROTEXPORT_UNROLL
+      for (int i = 0; i < Tile<Traits>::kLongestRun; ++i) {
+        const uint32_t magnitude = device::float_bits(values[i]) & 0x7fffffffu;
+        largest = magnitude > largest ? magnitude : largest;
+      }
+      if (!exists) return;
+      if (tokens_ > 1) {
+        peaks_.atomic_max(offset / geometry_.row, largest);
+      } else {
+        peak = largest > peak ? largest : peak;
+      }
+    });
+    if (tokens_ > 1) return;
+    ROTEXPORT_UNROLL
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+      const uint32_t other = device::shuffle_xor(peak, lanes);
+      peak = other > peak ? other : peak;
+    }
+    if (thread() % 32 == 0) peaks_.atomic_max(0, peak);
+  }
+
+  // Turns peaks into scales, which it writes, and their inverses, which it keeps.
+  ROTEXPORT_DEVICE void finish(const Place& place, const device::Global<float>& scales) const {
+    constexpr float kSmallest = 1.17549435e-38f;  // its inverse is still finite
+    device::barrier();
+    const int64_t first = place.unit_start / geometry_.row;
+    for (int i = thread(); i * geometry_.row < place.unit_count; i += threads()) {
+      float scale = device::bits_float(peaks_.template load<uint32_t>(i)) * geometry_.quantum;
+      if (scale < kSmallest) scale = kSmallest;
+      scales.store(first + i, scale);
+      peaks_.store(i, device::float_bits(1.0f / scale));
+    }
+    device::barrier();
+  }
+
+  ROTEXPORT_DEVICE float inverse_scale(int offset, bool exists) const {
+    const int token = tokens_ > 1 && exists ? offset / geometry_.row : 0;
+    return device::bits_float(peaks_.template load<uint32_t>(token));
+  }
+
+ private:
+  static ROTEXPORT_DEVICE int thread() { return static_cast<int>(device::thread_index()); }
+  static ROTEXPORT_DEVICE int threads() { return static_cast<int>(device::block_size()); }
+
+  device::Shared<uint32_t> peaks_;
+  const Geometry& geometry_;
+  int tokens_;
+};
+
+// Moves a warp to its tile of a round; false when the round has none for it.
+template <class Traits>
+ROTEXPORT_DEVICE bool go_to_tile(const Geometry& geometry, int round, Place& place) {
+  const int warp = static_cast<int>(device::thread_index() / 32);
+  if constexpr (Traits::kExchange > 1) {
+    place.first_block = round * geometry.block;
+    place.row_group = warp / Traits::kExchange;
+    place.first_column = warp % Traits::kExchange * 128;
+    return true;
+  } else {
+    const int tile = round * static_cast<int>(device::block_size() / 32) + warp;
+    place.first_block = tile / geometry.row_groups * geometry.group_step;
+    place.row_group = tile % geometry.row_groups;
+    place.first_column = 0;
+    return tile < geometry.tiles;
+  }
+}
+
+template <class Traits>
+ROTEXPORT_KERNEL void __launch_bounds__(Traits::kMaxThreads)
+    fast_hadamard(Geometry geometry, KernelOperands<Traits> operands, unsigned exchange_offset) {
+  Tile<Traits> tile(geometry);
+  const Peaks<Traits> peaks(geometry);
+  if (geometry.order <= 16) tile.load_matrix(operands.base);
+  // A unit of several rounds does not fit the registers: it is transformed once for its peaks and once to be
+  // stored.
+  const bool twice = Traits::kQuantizes && geometry.rounds > 1;
+  const int64_t step = static_cast<int64_t>(device::grid_size()) * geometry.unit;
+  for (int64_t start = static_cast<int64_t>(device::block_index()) * geometry.unit; start < geometry.elements;
+       start += step) {
+    Place place;
+    place.unit_start = start;
+    place.unit_count = static_cast<int>(geometry.elements - start < geometry.unit ? geometry.elements - start
+                                                                                  : geometry.unit);
+    place.unit_row_start = static_cast<int>(start % geometry.row);
+    if constexpr (Traits::kQuantizes) peaks.clear();
+    for (int pass = 0; pass < (twice ? 2 * geometry.rounds : geometry.rounds); ++pass) {
+      const int round = pass < geometry.rounds ? pass : pass - geometry.rounds;
+      const bool present = go_to_tile<Traits>(geometry, round, place);
+      if (present) tile.transform(place, operands);
+      if constexpr (Traits::kExchange > 1) tile.exchange(place, device::Shared<float>(exchange_offset));
+      if constexpr (Traits::kQuantizes) {
+        if (present && pass < geometry.rounds) peaks.gather(tile, place);
+        if (pass == geometry.rounds - 1) peaks.finish(place, operands.scale);
+      }
+      if (!present || (twice && pass < geometry.rounds)) continue;
+      tile.for_each_run(place, [&](int offset, bool exists, const auto& values) {
+        float inverse = 0.0f;
+        if constexpr (Traits::kQuantizes) inverse = peaks.inverse_scale(offset, exists);
+        store_run<Traits, Tile<Traits>::kLongestRun>(operands, start + offset, exists, values, inverse);
+      });
+    }
+    if constexpr (Traits::kQuantizes) device::barrier();  // before the peaks are cleared for the next unit
+  }
+}
+
+}  // namespace fast_hadamard
