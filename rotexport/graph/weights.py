@@ -26,7 +26,7 @@ from rotexport.transforms.transform import Transform
 
 Array: TypeAlias = npt.NDArray[Any]
 
-SLAB_ELEMENTS = 1 << 22  # float64 elements evaluated at a time: 32 MB
+SLAB_ELEMENTS = 1 << 18  # float64 elements evaluated at a time: 2 MB, what a core's cache holds
 
 
 class Weight(ABC):

@@ -240,10 +240,18 @@ def test_matmuls_keep_their_names_and_their_results():
     assert [tensor.name for tensor in graph.outputs] == ["y"]
 
 
-def test_static_activations_add_two_nodes_only():
+def test_static_activations_add_three_nodes_only():
     graph, _ = linear()
     quantize(graph, WeightScheme("int8"), ActivationScheme("int8"))
-    assert ops(graph) == ["DequantizeLinear", "QuantizeLinear", "DequantizeLinear", "MatMul"]
+    assert ops(graph) == ["DequantizeLinear", "Mul", "QuantizeLinear", "DequantizeLinear", "MatMul"]
+
+
+def test_a_static_scale_is_no_literal_that_layers_could_not_share():
+    graph, _ = linear()
+    quantize(graph, WeightScheme("int8"), ActivationScheme("int8"))
+    multiply, quantizer = graph.nodes[1:3]
+    assert multiply.inputs[1].shape == (K,)
+    assert quantizer.inputs[1].values == 1
 
 
 def test_sites_without_a_format_are_left_alone():
