@@ -7,6 +7,8 @@ rows [B, S, H] are not flattened to [B*S, H] and back. Names: symbolic dimension
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -70,7 +72,8 @@ def _name_total(graph: gs.Graph) -> None:
 def _keep_rows(graph: gs.Graph, flatten: gs.Node) -> None:
     """Undo `flatten` if everything between it and the reshapes back treats rows one by one."""
     rows, flat = flatten.inputs[0], flatten.outputs[0]
-    if len(rows.shape) != 3 or len(flat.shape) != 2 or rows.shape[2] != flat.shape[1]:
+    leading, rest = list(rows.shape[:2]), rows.shape[2:]
+    if leading != ["batch", "sequence"] or not rest or list(flat.shape[1:]) != [math.prod(rest)]:
         return
     region = {id(flat): flat}
     back: list[gs.Node] = []
@@ -78,15 +81,15 @@ def _keep_rows(graph: gs.Graph, flatten: gs.Node) -> None:
         if not any(id(tensor) in region for tensor in node.inputs):
             continue
         output = node.outputs[0]
-        if node.op == "Reshape" and list(output.shape) == [*rows.shape[:2], node.inputs[0].shape[-1]]:
+        if node.op == "Reshape" and list(output.shape) == [*leading, node.inputs[0].shape[-1]]:
             back.append(node)
         elif _treats_rows(node, region):
             region[id(output)] = output
         else:
             return
     for tensor in region.values():
-        tensor.shape = [*rows.shape[:2], tensor.shape[-1]]
-    for node in [flatten, *back]:
+        tensor.shape = [*leading, tensor.shape[-1]]
+    for node in back if len(rest) > 1 else [flatten, *back]:  # heads still have to be joined
         _bypass(node)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,12 @@ _MAX_DEPTH = 16  # pointwise operators between a doubled angle and the rotation 
 
 
 def fuse(model: ir.Model) -> None:
-    """Fuse RMS norms and rotary embeddings, in place.
+    """Fuse RMS norms, tanh GELUs and rotary embeddings, in place.
 
     Cosines and sines stay shared: a doubled angle `Concat(f, f)` sinks through the pointwise operators that
     follow it until the rotation takes the undoubled half.
     """
-    RewriteRuleSet([RmsNorm.rule()], commute=True).apply_to_model(model)
+    RewriteRuleSet([RmsNorm.rule(), TanhGelu.rule()], commute=True).apply_to_model(model)
     sinking = RewriteRuleSet(
         [*(DoubledUnary.rule(op) for op in ("Cos", "Sin")), DoubledScale.rule()], commute=True
     )
@@ -56,6 +57,19 @@ class RmsNorm(RewriteRuleClassBase):  # type: ignore[misc]  # onnxscript ships n
     def rewrite(self, op: Any, x: ir.Value, scale: ir.Value, epsilon: ir.Value, **_: Any) -> ir.Value:
         """Emit the fused node."""
         return op.RMSNormalization(x, scale, axis=-1, epsilon=_number(epsilon), stash_type=1)
+
+
+class TanhGelu(RewriteRuleClassBase):  # type: ignore[misc]
+    """`x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))` is `Gelu` with `approximate="tanh"`."""
+
+    def pattern(self, op: Any, x: Any) -> Any:
+        """Match the formula as transformers writes it."""
+        inner = op.Mul(op.Add(x, op.Mul(op.Pow(x, 3.0), 0.044715)), math.sqrt(2 / math.pi))
+        return op.Mul(op.Mul(x, 0.5), op.Add(op.Tanh(inner), 1.0))
+
+    def rewrite(self, op: Any, x: ir.Value) -> ir.Value:
+        """Emit the fused node."""
+        return _like(op.Gelu(x, approximate="tanh"), x)
 
 
 class DoubledUnary(RewriteRuleClassBase):  # type: ignore[misc]

@@ -48,6 +48,26 @@ def test_rows_are_not_flattened_around_a_feed_forward_part() -> None:
     np.testing.assert_allclose(run(graph, **feeds())[0], expected[0], atol=1e-5)
 
 
+def test_joined_heads_stay_rows() -> None:
+    graph = parse("""
+        joined (float[batch, sequence, 2, 4] heads, float[8, 6] w) => (float[batch, sequence, 6] y)
+        <int64[2] rows = {-1, 8}>
+        {
+            flat = Reshape(heads, rows)
+            product = MatMul(flat, w)
+            shape = Shape<start = 0, end = 2>(heads)
+            width = Constant<value_ints = [6]>()
+            sizes = Concat<axis = 0>(shape, width)
+            y = Reshape(product, sizes)
+        }""")
+    for name, columns in (("flat", 8), ("product", 6)):
+        graph.tensors()[name].shape, graph.tensors()[name].dtype = ["rows", columns], np.float32
+    canonicalize(graph)
+    join = graph.nodes[0]
+    np.testing.assert_array_equal(join.inputs[1].values, [0, 0, 8])
+    assert list(graph.tensors()["product"].shape) == ["batch", "sequence", 6]
+
+
 def test_rows_stay_flat_where_an_operator_mixes_them() -> None:
     graph = flattened("Softmax<axis = 0>")
     canonicalize(graph)

@@ -8,6 +8,20 @@ from onnx.reference import ReferenceEvaluator
 
 from rotexport.export.fusions import fuse
 
+GELU = """
+gelu (float[2, 3, 8] x) => (float[2, 3, 8] y)
+<float half = {0.5}, float one = {1.0}, float three = {3.0}, float cubic = {CUBIC}, float root = {0.7978845608}>
+{
+    cube = Pow(x, three)
+    weighted = Mul(cubic, cube)
+    sum = Add(x, weighted)
+    inner = Mul(root, sum)
+    bend = Tanh(inner)
+    gate = Add(bend, one)
+    small = Mul(half, x)
+    y = Mul(small, gate)
+}"""
+
 HEADER = '<ir_version: 11, opset_import: ["": 23]>\n'
 
 RMS = """
@@ -56,7 +70,7 @@ partial (float[2, 4, 3, 8] x, float[2, 3, 2] cos, float[2, 3, 2] sin) => (float[
 }"""
 
 
-def fused(text: str, **values: int) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+def fused(text: str, **values: float) -> tuple[onnx.ModelProto, onnx.ModelProto]:
     """Return a model before and after."""
     for name, value in values.items():
         text = text.replace(f"{{{name.upper()}}}", f"{{{value}}}")
@@ -91,6 +105,17 @@ def test_an_rms_norm_over_the_last_axis_is_one_node(axis: int) -> None:
 
 def test_a_norm_over_tokens_is_not_an_rms_norm() -> None:
     before, after = fused(RMS, axis=1)
+    assert operators(after) == operators(before)
+
+
+def test_the_tanh_formula_is_a_gelu() -> None:
+    before, after = fused(GELU, cubic=0.044715)
+    assert operators(after) == ["Gelu"]
+    assert_same_function(before, after)
+
+
+def test_another_cubic_is_no_gelu() -> None:
+    before, after = fused(GELU, cubic=0.05)
     assert operators(after) == operators(before)
 
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rotexport.checkpoint import open_checkpoint
 from rotexport.export import export, pipeline
-from rotexport.export.blocks import BlockPlan
+from rotexport.export.replicate import InseparableBlocksError, replicate
 from rotexport.graph.weights import InMemory
 
 LLAMA3_ROPE = {
@@ -32,7 +32,7 @@ YARN_ROPE = {
     "factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-GEMMA_LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
+GEMMA_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 
 # What varies: ties, biases, grouped queries, head sizes, windows, norms, positions.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -51,7 +51,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "head_dim": 12,
         "query_pre_attn_scalar": 17,
         "sliding_window": 3,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 3,
         "layer_types": GEMMA_LAYERS,
         "final_logit_softcapping": 5.0,
     },
@@ -246,13 +246,18 @@ def test_no_weight_is_read(exported: Exported) -> None:
     assert set(exported.read) <= {1}  # scalars of the graph, such as the 1 in Gemma's 1 + gamma
 
 
-def test_a_replicated_export_is_the_export_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    replicated = export_of("gemma3_text")
-    monkeypatch.setattr(
-        pipeline, "plan_blocks", lambda model: BlockPlan(model.config, tuple(range(len(GEMMA_LAYERS))))
-    )
-    whole = export(open_checkpoint(replicated.model))
-    assert listing(replicated.graph) == listing(whole)
+def test_blocks_that_cannot_be_copied_are_traced_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what comes out is what copying gives: two independent ways to the same graph."""
+    copied = export_of("gemma3_text")
+
+    def reluctant(traced: gs.Graph, source: tuple[int, ...], layers: str) -> gs.Graph:
+        if source != (0, 1, 2):
+            raise InseparableBlocksError("as if a block read another")
+        return replicate(traced, source, layers)
+
+    monkeypatch.setattr(pipeline, "replicate", reluctant)
+    whole = export(open_checkpoint(copied.model))
+    assert listing(copied.graph) == listing(whole)
 
 
 def test_angles_stay_accurate_at_long_positions() -> None:

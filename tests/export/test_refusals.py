@@ -24,7 +24,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "outside transformers' attention",
     ),
     "llama": (SMALL | {"rope_parameters": DYNAMIC}, "'llama' has dynamic RoPE"),
-    "vit": ({}, "no causal language model"),
 }
 
 
