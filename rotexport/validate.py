@@ -43,6 +43,7 @@ from rotexport.transforms.transform import Transform
 TOLERANCES = {Preserves.ROUNDING: 1e-4, Preserves.PRECISION: 1e-1, Preserves.QUANTIZATION: np.inf}
 
 DIVERGED_DB = 10.0  # a block whose error holds a tenth of its signal's power no longer follows the reference
+PASS_TOKENS = 128  # a pass that breaks its promise shows on any text; the rest of the tokens is for the end
 SECOND_CALL = 8  # tokens that run on the cache of those before them
 
 Advance = Callable[[int, int], None]
@@ -62,7 +63,7 @@ class PassValidator:
 
     Args:
         scratch: where graphs are saved to be run. A pass costs the bytes it changed.
-        tokens: real token ids [S].
+        tokens: real token ids [S], of which the first `PASS_TOKENS` are used.
         tolerances: the largest relative logit error by what a pass promises.
 
     """
@@ -72,7 +73,7 @@ class PassValidator:
     ) -> None:
         self.records: list[PassValidation] = []
         self._scratch = scratch
-        self._tokens = tokens
+        self._tokens = tokens[:PASS_TOKENS]
         self._tolerances = tolerances or TOLERANCES
         self._before: Array | None = None
 
