@@ -75,7 +75,7 @@ def _int4_weight_only(demand: Demand) -> bool:
 ENGINE_RULES: Final = (
     Rule("bf16", lambda d: d.dtype == "bf16", _AMPERE, "the hardware has no bf16; use --dtype fp16"),
     Rule("fp32", lambda d: d.dtype == "fp32", _AMPERE, "the builder has no fp32 products; use --dtype fp16"),
-    Rule("int8", lambda d: "int8" in d.formats, _AMPERE, "products would silently run in fp16"),
+    Rule("int8", lambda d: "int8" in d.formats, _AMPERE, "its weights would silently run in fp16"),
     Rule("int4", lambda d: "int4" in d.formats, _AMPERE, "the builder has no int4"),
     Rule("fp8", lambda d: "fp8" in d.formats, _FP8, "the hardware has no fp8"),
     Rule(

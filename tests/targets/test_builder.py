@@ -40,7 +40,7 @@ SCHEMES = {
     "w4a4_groups": (WeightScheme("int4", 32), ActivationScheme("int4", "dynamic", group=32)),
     "fp8": (WeightScheme("fp8"), ActivationScheme("fp8")),
 }
-STATISTICS = InputStatistics(np.full(4, 3.0), np.full(K, 3.0), 3.0, np.full(64, 8), 3.0 / 64)
+STATISTICS = InputStatistics(np.full(4, 3.0), np.full(K, 3.0), 3.0, np.full(64, 8))
 
 
 def linears(sites):
@@ -190,3 +190,31 @@ def test_attention_builds_fused_or_decomposed(tmp_path, dtype, attributes, fused
     asked = EngineRequest(path, "tensorrt-rtx", ("sm89",), Profiles(2, 64), {})
     (report,) = build_engines(asked, tmp_path, lambda name: None)
     assert any("mha" in layer.name for layer in report.layers) is fused
+
+
+CALLS = """<ir_version: 11, opset_import: ["": 23, "rotexport": 1]>
+g (float16[batch, sequence, 32] x) => (float16[batch, sequence, 32] y) <int8[2, 2] table = {1, 1, 1, -1}> {
+  [once] a = rotexport.Pairs<plugin_namespace = "rotexport">(x, table)
+  b = Tanh(a)
+  [twice] y = rotexport.Pairs<plugin_namespace = "rotexport">(b, table)
+}
+<domain: "rotexport", opset_import: ["": 23]>
+Pairs (x, table) => (y) {
+  one = Constant<value_float = 1.0>()
+  float_table = DequantizeLinear(table, one)
+  matrix = CastLike(float_table, x)
+  rows = Constant<value_ints = [-1, 2]>()
+  pairs = Reshape(x, rows)
+  mixed = MatMul(pairs, matrix)
+  shape = Shape(x)
+  y = Reshape(mixed, shape)
+}"""
+
+
+def test_an_operator_that_dequantizes_a_table_can_be_called_twice(tmp_path):
+    """TensorRT-RTX's own inlining gives both DequantizeLinear one name, and fails."""
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx.parser.parse_model(CALLS), path)
+    asked = EngineRequest(path, "tensorrt-rtx", ("sm89",), Profiles(2, 64), {})
+    (report,) = build_engines(asked, tmp_path, lambda name: None)
+    assert "Int8" not in {operand.dtype for layer in report.layers for operand in layer.constants}
