@@ -8,7 +8,7 @@ from html import escape
 
 from rotexport.metrics import EQUAL_DB
 
-_NUMBER = re.compile(r"^[<>≥]?[+\-−]?[\d,]+(\.\d+)?(e[+\-]?\d+)?( ?(%|dB|kB|MB|GB|B|s|min|nats))?$")
+_NUMBER = re.compile(r"^(-?[\d,]+(\.\d+)?(e[+-]?\d+)?( ?(%|dB|kB|MB|GB|B|s|min))?|equal)$")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -42,7 +42,8 @@ def render(report: BuildReport) -> str:
 def _head(report: BuildReport) -> str:
     gpus = f" for {', '.join(report.gpus)}" if report.gpus else ""
     under = f"Recipe {report.recipe}, target {report.target}{gpus}"
-    created = f" · {report.created}" if report.created else ""
+    created = report.created.replace("T", " ").replace("+00:00", " UTC")
+    created = f" · {created}" if created else ""
     return (
         f"<h1>{escape(report.model.name)}</h1>\n<p class='under'>{escape(under + created)}</p>\n"
         + _verdict(report.proof)
@@ -147,7 +148,7 @@ def _engines_in_words(report: BuildReport) -> str:
 def _proof_in_words(report: BuildReport) -> str:
     if report.proof is None:
         return ""
-    text = f" of {report.text}" if report.text else ""
+    text = f" ({report.text})" if report.text else ""
     tokens = f"{report.proof.comparison.tokens} tokens{text}"
     words = f"The result ran in ONNX Runtime against PyTorch in float32 over {tokens}"
     evaluation = report.proof.evaluation

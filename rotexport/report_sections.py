@@ -207,7 +207,7 @@ def _pass_notes(item: PassSummary) -> tuple[str, ...]:
 def _pass_figures(found: Comparison | None) -> list[str]:
     if found is None:
         return ["", "", ""]
-    return [figure(found.max_abs_error), f"{found.relative_error:.1e}", decibels(found.sqnr_db)]
+    return [figure(found.max_abs_error), figure(found.relative_error), decibels(found.sqnr_db)]
 
 
 def engines(report: BuildReport) -> str:

@@ -45,4 +45,5 @@ def test_counts_and_lists():
 def test_columns_of_numbers_are_aligned_to_the_right():
     html = markup.table(["name", "error", "size"], [["<a>", "1.5e-07", "12 MB"], ["b", "", "n/a"]])
     assert "<th>name</th><th class=number>error</th><th>size</th>" in html
+    assert "<th class=number>SQNR</th>" in markup.table(["SQNR"], [["equal"], ["12.0 dB"]])
     assert "<td>&lt;a&gt;</td><td class=number>1.5e-07</td>" in html

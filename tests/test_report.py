@@ -122,7 +122,7 @@ def test_a_new_proof_can_replace_the_old_one(full, tmp_path):
     write_report(again, tmp_path)
     page = Page((tmp_path / "report.html").read_text())
     assert "Failed. 1 of 1 threshold missed." in page.text
-    assert "of another.txt" in page.text
+    assert "(another.txt)" in page.text
 
 
 def test_a_figure_that_is_not_finite_is_left_out_of_the_json(full, tmp_path):
@@ -146,7 +146,7 @@ def test_the_page_says_what_was_done_and_how_it_ended(full):
     assert "(llama, 134.5 million parameters, 3 blocks of width 64, vocabulary 49,152)" in text
     assert "Of 5 rotations, 1 went into the weights" in text
     assert "3 online into the graph. 1 could not be placed." in text
-    assert "over 512 tokens of Python's language reference" in text
+    assert "over 512 tokens (Python's language reference)" in text
     assert "21 perplexity (PyTorch: 20, +5.0%)" in text
     assert "164 MB ONNX model with weights" in text
     assert "25.0 s to build, at most 371 MB of memory" in text
@@ -155,7 +155,7 @@ def test_the_page_says_what_was_done_and_how_it_ended(full):
 
 def test_each_pass_has_its_error(full):
     rows = table_rows(render(full), "rewrites")
-    assert rows[0][:6] == ["fold-norms", "equal within rounding", "7", "1.00e-04", "2.6e-06", "118.0 dB"]
+    assert rows[0][:6] == ["fold-norms", "equal within rounding", "7", "1.00e-04", "2.63e-06", "118.0 dB"]
     assert rows[1][3:] == ["", "", "", "nothing to change"]
     assert rows[2][6] == "0.down is dynamic"
 
