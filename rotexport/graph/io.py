@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from rotexport.errors import GraphError, OutputError
-from rotexport.graph.functions import functions_used
+from rotexport.graph.functions import DOMAIN, functions_used
 from rotexport.graph.weights import Array, LazyWeight, Stored, Weight, set_weight, weight_of
 
 OPSET = 23
@@ -154,7 +154,9 @@ def to_proto(graph: gs.Graph) -> onnx.ModelProto:
     """Export a graph whose lazy constants have been placed, with the custom operators' bodies."""
     model = gs.export_onnx(graph, do_type_check=False)
     model.ir_version = IR_VERSION
-    functions = functions_used(graph)
+    foreign = [body for body in model.functions if body.domain != DOMAIN]  # of a graph that was read
+    functions = [*foreign, *functions_used(graph)]
+    del model.functions[:]
     model.functions.extend(functions)
     domains = {"": OPSET} | {function.domain: 1 for function in functions}
     del model.opset_import[:]
