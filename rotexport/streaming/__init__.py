@@ -1,0 +1,1 @@
+"""Sink/window attention: bounded caches, long positions, running streams."""

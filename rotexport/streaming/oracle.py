@@ -76,19 +76,19 @@ def visible(length: int, sinks: int, window: int) -> Tensor:
 
 
 def attend(
-    definition: Definition, query: Tensor, query_sink: Tensor, key: Tensor, value: Tensor, decay: Tensor
+    definition: Definition, queries: tuple[Tensor, Tensor], key: Tensor, value: Tensor, decay: Tensor
 ) -> Tensor:
     """Return the attention output [Hq, N, Dv] of one row's stream of N tokens, in float64.
 
     Args:
         definition: the numbers.
-        query: [Hq, N, D], at absolute positions.
-        query_sink: [Hq, N, D], at positions inside the cache.
+        queries: [Hq, N, D] at absolute positions, and at positions inside the cache (for sinks).
         key: [Hk, N, D]; query heads of a group share a key head.
         value: [Hk, N, Dv].
         decay: [Hq], not negative.
 
     """
+    query, query_sink = queries
     length = query.shape[1]
     position = torch.arange(length)
     distance = position[:, None] - position[None, :]

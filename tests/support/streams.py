@@ -50,8 +50,10 @@ class Stream:
         return self.key.shape[1]
 
     def expected(self, shape: Shape, decay: np.ndarray) -> np.ndarray:
-        tensors = (torch.from_numpy(t) for t in (self.query, self.query_sink, self.key, self.value, decay))
-        return attend(shape.definition, *tensors).numpy()
+        query, within, key, value, slopes = (
+            torch.from_numpy(t) for t in (self.query, self.query_sink, self.key, self.value, decay)
+        )
+        return attend(shape.definition, (query, within), key, value, slopes).numpy()
 
 
 def random_stream(shape: Shape, length: int, rng: np.random.Generator) -> Stream:

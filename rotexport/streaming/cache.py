@@ -1,0 +1,107 @@
+"""The bounded cache of one layer: which tensors it is made of, how they are packed, how much they take.
+
+Per head there are `sinks` slots in floating point and a ring of `window` slots; token j >= sinks lives in
+slot (j - sinks) mod window. A ring in b bits holds, for each token and head,
+
+    codes  int8 [size b / 8]    level - 2^(b-1) in two's complement, b bits each, the first channel lowest
+    scale  [groups, 2]          scale and minimum of each group of channels: x = level scale + minimum
+
+where level = round((x - minimum) / scale) in 0 ... 2^b - 1. This is the layout
+of the operators' inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from rotexport.errors import RecipeError
+from rotexport.quant.scheme import Group, group_size
+
+BITS: Final = {"none": None, "int8": 8, "int4": 4, "int2": 2}
+INT8: Final = np.dtype(np.int8)
+KINDS: Final = ("key", "value")
+
+
+@dataclass(frozen=True)
+class CacheFormat:
+    """How the ring is stored: `bits` None is the type of the activations, `group` None the whole head."""
+
+    bits: int | None = None
+    group: Group = None
+
+    @classmethod
+    def named(cls, name: str, group: Group = None) -> CacheFormat:
+        """Return the format that recipes call `none`, `int8`, `int4` or `int2`."""
+        if name not in BITS:
+            raise RecipeError(f"kv_cache: streaming stores {', '.join(BITS)}, not {name!r}")
+        return cls(BITS[name], group)
+
+    @property
+    def operator(self) -> str:
+        """The custom operator that reads and writes this format."""
+        return "SinkWindowAttention" + ("" if self.bits is None else f"Int{self.bits}")
+
+
+FLOAT_CACHE: Final = CacheFormat()
+
+
+@dataclass(frozen=True)
+class CacheTensor:
+    """One tensor of a layer's cache, [batch, *shape]."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes per row of the batch."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's cache; `dtype` is the type of activations."""
+
+    kv_heads: int
+    head_size: int
+    value_size: int
+    sinks: int
+    window: int
+    format: CacheFormat
+    dtype: np.dtype[Any]
+
+    def tensors(self) -> dict[str, CacheTensor]:
+        """Return the tensors by name, in the order of the operator's inputs.
+
+        Raises:
+            RecipeError: the group does not divide the head, or elements do not fill bytes.
+
+        """
+        sizes = {"key": self.head_size, "value": self.value_size}
+        slots = max(self.sinks, 1)  # an operator's input cannot be empty
+        found = {f"sink_{k}": CacheTensor(self.dtype, (self.kv_heads, slots, sizes[k])) for k in KINDS}
+        bits = self.format.bits
+        if bits is None:
+            return found | {
+                f"window_{k}": CacheTensor(self.dtype, (self.kv_heads, self.window, sizes[k])) for k in KINDS
+            }
+        for kind, size in sizes.items():
+            if size * bits % 8:
+                raise RecipeError(
+                    f"kv_cache: heads of {size} {kind} channels do not fill bytes in int{bits}; use int8"
+                )
+            found[f"window_{kind}"] = CacheTensor(INT8, (self.kv_heads, self.window, size * bits // 8))
+        for kind, size in sizes.items():
+            group = group_size(self.format.group, size, "kv_cache.group", f"a {kind} head")
+            shape = (self.kv_heads, self.window, size // group, 2)
+            found[f"window_{kind}_scale"] = CacheTensor(self.dtype, shape)
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes per row of the batch."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
