@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,7 @@ def test_nothing_is_left_after_a_failed_stage(llama, tmp_path: Path, monkeypatch
     def fail(*arguments: object) -> None:
         raise TargetError("the builder failed")
 
-    monkeypatch.setattr("rotexport.build.build_engines", fail)
+    monkeypatch.setattr(sys.modules["rotexport.build"], "build_engines", fail)
     with pytest.raises(TargetError, match="engines: the builder failed"):
         rotexport.build(llama, tmp_path / "out", "fp16", ENGINES)
     assert list(tmp_path.iterdir()) == []
