@@ -6,6 +6,7 @@ import onnx_graphsurgeon as gs
 from transformers import PreTrainedModel
 
 from rotexport.checkpoint import Checkpoint
+from rotexport.errors import UnsupportedModelError
 from rotexport.export.bind import bind_weights
 from rotexport.export.blocks import BlockPlan, decoder_layers, plan_blocks, same_blocks
 from rotexport.export.canonical import canonicalize
@@ -31,16 +32,24 @@ def export(checkpoint: Checkpoint) -> gs.Graph:
     model = hollow_model(checkpoint.config, ATTENTION, checkpoint.trust_remote_code)
     prefix, layers = decoder_layers(model)
     whole = BlockPlan(model.config, tuple(range(len(layers))))
-    plan = plan_blocks(model)
-    few = hollow_model(plan.config, ATTENTION, checkpoint.trust_remote_code)
-    if not same_blocks(model, plan, few):
-        few, plan = model, whole
     try:
-        graph = _assemble(few, plan, prefix)
+        graph = _assemble(*_truncated(model, checkpoint.trust_remote_code), prefix)
     except InseparableBlocksError:
         graph = _assemble(model, whole, prefix)
     bind_weights(graph, 3 + 2 * len(layers), checkpoint.weight)
     return graph
+
+
+def _truncated(model: PreTrainedModel, trust_remote_code: bool) -> tuple[PreTrainedModel, BlockPlan]:
+    """Build a model that holds each kind of block once, and say how the whole is copied from it."""
+    try:
+        plan = plan_blocks(model)
+        few = hollow_model(plan.config, ATTENTION, trust_remote_code)
+    except (ValueError, TypeError, UnsupportedModelError) as error:
+        raise InseparableBlocksError(f"the config allows no fewer layers: {error}") from error
+    if not same_blocks(model, plan, few):
+        raise InseparableBlocksError("a model with fewer layers has other blocks")
+    return few, plan
 
 
 def _assemble(model: PreTrainedModel, plan: BlockPlan, prefix: str) -> gs.Graph:

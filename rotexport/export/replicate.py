@@ -9,7 +9,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from rotexport.errors import GraphError
-from rotexport.export.trace import MARKER, OPSET
+from rotexport.export.trace import MARKER
+from rotexport.graph.io import OPSET
 
 _SHARED = -1  # owner of what comes before the blocks
 _TOKENS = ("input_ids", "attention_mask", "position_ids")

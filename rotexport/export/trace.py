@@ -27,8 +27,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from rotexport.errors import UnsupportedModelError
 from rotexport.export.blocks import decoder_layers
 from rotexport.export.fusions import fuse
+from rotexport.graph.io import OPSET
 
-OPSET = 23
 ATTENTION = "rotexport"
 MARKER = "Boundary"
 MASKED = -3e4  # far below any logit, yet finite in float16
