@@ -42,7 +42,7 @@ class Inspection:
 
     @property
     def text(self) -> str:
-        """The inspection as tables for a terminal; components that differ only in their block are one line."""
+        """The inspection as tables for a terminal; what differs in its block only is one line."""
         return "\n".join([*self._component_lines(), *self._transform_lines(), *self._outlier_lines()])
 
     def _component_lines(self) -> list[str]:

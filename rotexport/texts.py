@@ -47,7 +47,7 @@ def read_text(path: Path) -> str:
 def default_text() -> str:
     """Return English prose that every Python installation has: the paragraphs of its language reference.
 
-    Grammar, tables, headings and examples are left out. About a quarter of a megabyte; it varies a little with
+    Grammar, tables, headings and examples are left out. About a quarter of a megabyte, which varies a bit with
     the Python version, so figures to be compared should be measured on a named text instead.
     """
     from pydoc_data.topics import topics
@@ -105,7 +105,7 @@ def random_windows(vocabulary: int, length: int, count: int, seed: int = 0) -> W
 class Samples:
     """The token ids that a build looks at; no token serves two purposes.
 
-    `tokens` [S] validate every pass, `windows` [W, L] give perplexities, `calibration` [C, L] set static scales.
+    `tokens` [S] validate every pass, `windows` [W, L] give perplexities, `calibration` [C, L] sets scales.
     """
 
     tokens: npt.NDArray[np.int64]

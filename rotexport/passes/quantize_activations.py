@@ -13,7 +13,7 @@ as one batched MatMul [G, M, g] x [G, g, N], whose integer sums are exact in flo
 Blocked scales are never left behind quantized activations: TensorRT-RTX 1.7 applies only the first block's.
 
 A static scale is a vector of equal numbers in front and goes into the weight's scales behind, for a reason: a
-scalar becomes a literal in the kernels TensorRT-RTX generates, so that layers cannot share them (SmolLM2-135M:
+scalar becomes a literal in the kernels TensorRT-RTX generates, and layers cannot share them (SmolLM2-135M:
 398 kernels in the plan instead of 284, 8 MB more).
 
 4-bit activations are int8 codes within -7..7. Everything between the float activation and the product's
