@@ -186,7 +186,9 @@ def _mask(
 def _cache_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
     """Return heads and head size of every cache tensor, by a forward pass on shapes alone."""
     cache = DynamicCache()
-    probe = copy.deepcopy(model)  # modules may keep what they compute, and here that is fake
+    # Modules may keep what they compute, and here that is fake: a copy runs. Parameters stay shared, since
+    # copying one would give it storage.
+    probe = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         ids = torch.zeros(1, 2, dtype=torch.int64)
         seen = torch.ones_like(ids)
