@@ -3,8 +3,8 @@
     present = Concat(past, new)          ->    o, present… = SinkWindowAttention(positions, q, q', k, v,
     o = Attention(q, present_key, …)                         past_length, new_length, decay, cache…)
 
-Layers that see everything get sinks and a window: the same function while a stream is shorter than the window,
-StreamingLLM's beyond. Layers that slide in the model keep their own window, without sinks: the same function.
+Layers that see everything get sinks and a window: the same function while a stream is shorter than the
+window, StreamingLLM's beyond. Layers that slide in the model keep their own window, without sinks: the same function.
 
 The query is rotated twice: to its absolute position for window keys (q), to its position inside the cache for
 sinks (q'). q' is made by copying what lies between the positions and q, with the positions replaced; whatever
@@ -14,6 +14,7 @@ stands there (rotary embedding, casts, an online Hadamard) is copied with it. Po
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,7 @@ from rotexport.errors import GraphError, UnsupportedModelError
 from rotexport.graph.basis import attention_nodes
 from rotexport.graph.edit import consumers, drop_unused, producer, replace_reads, sort
 from rotexport.graph.masks import mask_window
-from rotexport.graph.weights import InMemory, constant
+from rotexport.graph.weights import Array, InMemory, constant
 from rotexport.passes.base import Pass, PassReport, Preserves
 from rotexport.quant.emit import INT64, Emitter
 from rotexport.streaming.cache import FLOAT_CACHE, CacheFormat, LayerCache
@@ -39,9 +40,16 @@ class StreamAttention(Pass):
     name = "stream-attention"
     preserves = Preserves.ROUNDING
 
-    def __init__(self, scheme: AttentionScheme, cache_format: CacheFormat = FLOAT_CACHE) -> None:
+    def __init__(
+        self,
+        scheme: AttentionScheme,
+        cache_format: CacheFormat = FLOAT_CACHE,
+        key_means: Mapping[int, Array] | None = None,
+    ) -> None:
+        """Take what to do, and the calibrated mean key [Hk, D] of every layer if keys are centered."""
         self.scheme = scheme
         self.cache_format = cache_format
+        self.key_means = key_means or {}
         if cache_format.bits is not None:
             self.preserves = Preserves.QUANTIZATION
 
@@ -81,6 +89,14 @@ class StreamAttention(Pass):
             kv_heads, head_size, value_size, sinks, window, self.cache_format, np.dtype(layer.key.dtype)
         )
 
+    def _mean(self, layer: _Layer, cache: LayerCache) -> Array:
+        shape = (cache.kv_heads, cache.head_size)
+        if not self.cache_format.center:
+            return np.zeros(shape, cache.dtype)
+        if layer.number not in self.key_means:
+            raise GraphError(f"kv_cache.center: layer {layer.number} has no calibrated mean of its keys")
+        return self.key_means[layer.number].reshape(shape).astype(cache.dtype)
+
     def _swap(
         self,
         graph: gs.Graph,
@@ -91,6 +107,7 @@ class StreamAttention(Pass):
     ) -> None:
         heads = layer.query.shape[1]
         decay = np.full(heads, self.scheme.decay, np.float32)
+        mean = self._mean(layer, cache)
         tensors = graph.tensors()
         inputs = [
             *queries,
@@ -99,6 +116,7 @@ class StreamAttention(Pass):
             tensors["past_length"],
             tensors["new_length"],
             constant(f"attention.{layer.number}.decay", InMemory(decay)),
+            *([constant(f"attention.{layer.number}.key_mean", InMemory(mean))] if cache.recent else []),
             *ports.values(),
         ]
         presents = [
@@ -108,6 +126,7 @@ class StreamAttention(Pass):
         attributes = {
             "sinks": cache.sinks,
             "window": cache.window,
+            **({"recent": cache.recent} if cache.recent else {}),
             "query_heads": heads,
             "kv_heads": cache.kv_heads,
             "head_size": cache.head_size,

@@ -6,7 +6,8 @@ slot (j - sinks) mod window. A ring in b bits holds, for each token and head,
     codes  int8 [size b / 8]    level - 2^(b-1) in two's complement, b bits each, the first channel lowest
     scale  [groups, 2]          scale and minimum of each group of channels: x = level scale + minimum
 
-where level = round((x - minimum) / scale) in 0 ... 2^b - 1. This is the layout
+where level = round((x - minimum) / scale) in 0 ... 2^b - 1. A second, short ring may hold the `recent` newest
+tokens in floating point. This is the layout
 of the operators' inputs.
 """
 
@@ -28,22 +29,40 @@ KINDS: Final = ("key", "value")
 
 @dataclass(frozen=True)
 class CacheFormat:
-    """How the ring is stored: `bits` None is the type of the activations, `group` None the whole head."""
+    """How the ring is stored.
+
+    `bits` None is the type of activations; `group` None the whole head. The `recent` newest tokens are kept
+    in the type of activations beside the codes; `center` stores keys minus their calibrated mean.
+    """
 
     bits: int | None = None
     group: Group = None
+    recent: int = 0
+    center: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.recent, bool) or not isinstance(self.recent, int) or self.recent < 0:
+            raise RecipeError(f"kv_cache.recent: {self.recent!r} is not a number of tokens")
+        if self.bits is None and (self.recent or self.center):
+            raise RecipeError("kv_cache.recent and kv_cache.center need a quantized cache; set its format")
+        if self.center and not self.recent:
+            raise RecipeError(
+                "kv_cache.center needs kv_cache.recent of at least 1 token; 128 serves 2 to 4 bits"
+            )
 
     @classmethod
-    def named(cls, name: str, group: Group = None) -> CacheFormat:
+    def named(cls, name: str, group: Group = None, recent: int = 0, center: bool = False) -> CacheFormat:
         """Return the format that recipes call `none`, `int8`, `int4` or `int2`."""
         if name not in BITS:
             raise RecipeError(f"kv_cache: streaming stores {', '.join(BITS)}, not {name!r}")
-        return cls(BITS[name], group)
+        return cls(BITS[name], group, recent, center)
 
     @property
     def operator(self) -> str:
         """The custom operator that reads and writes this format."""
-        return "SinkWindowAttention" + ("" if self.bits is None else f"Int{self.bits}")
+        if self.bits is None:
+            return "SinkWindowAttention"
+        return f"SinkWindowAttentionInt{self.bits}{'Recent' if self.recent else ''}"
 
 
 FLOAT_CACHE: Final = CacheFormat()
@@ -99,7 +118,15 @@ class LayerCache:
             group = group_size(self.format.group, size, "kv_cache.group", f"a {kind} head")
             shape = (self.kv_heads, self.window, size // group, 2)
             found[f"window_{kind}_scale"] = CacheTensor(self.dtype, shape)
+        if self.recent:
+            for kind, size in sizes.items():
+                found[f"recent_{kind}"] = CacheTensor(self.dtype, (self.kv_heads, self.recent, size))
         return found
+
+    @property
+    def recent(self) -> int:
+        """Tokens kept in floating point; a window may be shorter than the format asks for."""
+        return min(self.format.recent, self.window)
 
     @property
     def nbytes(self) -> int:

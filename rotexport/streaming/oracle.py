@@ -75,29 +75,45 @@ def visible(length: int, sinks: int, window: int) -> Tensor:
     return (j <= i) & ((j < sinks) | (i - j < window))
 
 
-def attend(
-    definition: Definition, queries: tuple[Tensor, Tensor], key: Tensor, value: Tensor, decay: Tensor
-) -> Tensor:
+@dataclass(frozen=True)
+class Row:
+    """One row's stream of N tokens.
+
+    `query` [Hq, N, D] stands at absolute positions, `query_sink` at positions inside the cache; `key` is
+    [Hk, N, D] and `value` [Hk, N, Dv]: query heads of a group share a key head.
+    """
+
+    query: Tensor
+    query_sink: Tensor
+    key: Tensor
+    value: Tensor
+
+
+def attend(definition: Definition, row: Row, decay: Tensor, key_mean: Tensor | None = None) -> Tensor:
     """Return the attention output [Hq, N, Dv] of one row's stream of N tokens, in float64.
 
     Args:
         definition: the numbers.
-        queries: [Hq, N, D] at absolute positions, and at positions inside the cache (for sinks).
-        key: [Hk, N, D]; query heads of a group share a key head.
-        value: [Hk, N, Dv].
+        row: queries, keys and values.
         decay: [Hq], not negative.
+        key_mean: [Hk, D], subtracted from keys before they are quantized and added back on reading.
 
     """
-    query, query_sink = queries
-    length = query.shape[1]
+    length = row.query.shape[1]
     position = torch.arange(length)
     distance = position[:, None] - position[None, :]
     is_sink = (position < definition.sinks)[None, :].expand(length, length)
     exact = is_sink | (distance < definition.recent)
-    repeat = query.shape[0] // key.shape[0]
-    key, value = (t.double().repeat_interleave(repeat, dim=0) for t in (key, value))
-    stored_key, stored_value = (_stored(definition, t) for t in (key, value))
-    q, q_sink = query.double(), query_sink.double()
+    repeat = row.query.shape[0] // row.key.shape[0]
+    mean = torch.zeros(()) if key_mean is None else key_mean[:, None]
+    per_key_head = (
+        row.key,
+        row.value,
+        _stored(definition, row.key - mean) + mean,
+        _stored(definition, row.value),
+    )
+    key, value, stored_key, stored_value = (t.double().repeat_interleave(repeat, 0) for t in per_key_head)
+    q, q_sink = row.query.double(), row.query_sink.double()
 
     logits = torch.where(exact, q @ key.mT, q @ stored_key.mT)
     logits = definition.scale * torch.where(is_sink, q_sink @ key.mT, logits)

@@ -20,7 +20,7 @@ from rotexport.passes.rotate_heads import RotateHeads
 from rotexport.passes.stream_attention import StreamAttention
 from rotexport.recipe import Rotation
 from rotexport.streaming.cache import CacheFormat
-from rotexport.streaming.oracle import Definition, attend
+from rotexport.streaming.oracle import Definition, Row, attend
 from rotexport.streaming.scheme import AttentionScheme
 
 TOKENS = np.random.default_rng(0).integers(0, 96, 40)
@@ -92,7 +92,7 @@ def streaming_llm(monkeypatch: pytest.MonkeyPatch) -> Callable[[PreTrainedModel,
         ) -> tuple[torch.Tensor, None]:
             positions = torch.arange(query.shape[2])
             within = at(seen["query"], positions.clamp(max=SINKS + WINDOW - 1))
-            mixed = attend(definition, (query[0], within[0]), key[0], value[0], torch.zeros(query.shape[1]))
+            mixed = attend(definition, Row(query[0], within[0], key[0], value[0]), torch.zeros(query.shape[1]))
             return mixed.float()[None].transpose(1, 2), None
 
         AttentionInterface.register("definition", attention)

@@ -10,7 +10,7 @@ from support.streams import Caller, Shape, expected_cache, random_stream, run_st
 from rotexport.streaming.oracle import Definition, visible
 
 TOLERANCE = 1e-5  # of the largest output: float32 against float64
-FORMATS = [None, 8, 4, 2]
+FORMATS = [(None, 0), (8, 0), (4, 0), (2, 0), (8, 2), (4, 3), (2, 5)]  # bits, recent
 
 
 def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
@@ -18,24 +18,25 @@ def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
 
 
 @st.composite
-def shapes(draw: st.DrawFn, bits: int | None) -> Shape:
+def shapes(draw: st.DrawFn, bits: int | None, recent: int) -> Shape:
     head_size, value_size = draw(st.sampled_from([(8, 8), (16, 8), (8, 24), (64, 64)]))
     definition = Definition(
         sinks=draw(st.integers(0, 4)),
-        window=draw(st.integers(1, 9)),
+        window=draw(st.integers(max(recent, 1), 9)),
         scale=head_size**-0.5,
         softcap=draw(st.sampled_from([0.0, 0.0, 1.5])),
         bits=bits,
         group=None if bits is None else draw(st.sampled_from([None, 4, 8])),
+        recent=recent,
     )
     return Shape(definition, draw(st.integers(1, 2)), draw(st.integers(1, 3)), head_size, value_size)
 
 
-@pytest.mark.parametrize("bits", FORMATS)
-@settings(max_examples=25, deadline=None, derandomize=True)
+@pytest.mark.parametrize(("bits", "recent"), FORMATS)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_ragged_calls_compute_the_definition(bits: int | None, data: st.DataObject) -> None:
-    shape = data.draw(shapes(bits))
+def test_ragged_calls_compute_the_definition(bits: int | None, recent: int, data: st.DataObject) -> None:
+    shape = data.draw(shapes(bits, recent))
     batch = data.draw(st.integers(1, 3))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     decay = rng.choice([0.0, 0.05, 1.0], shape.query_heads).astype(np.float32)
@@ -58,13 +59,13 @@ def test_ragged_calls_compute_the_definition(bits: int | None, data: st.DataObje
         np.testing.assert_allclose(caller.cache[name], content, rtol=ulps, atol=0, err_msg=name)
 
 
-@pytest.mark.parametrize("bits", FORMATS)
-@settings(max_examples=15, deadline=None, derandomize=True)
-@given(cuts=st.sets(st.integers(1, 39)), sinks=st.integers(0, 4), window=st.integers(1, 16))
+@pytest.mark.parametrize(("bits", "recent"), FORMATS)
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(cuts=st.sets(st.integers(1, 39)), sinks=st.integers(0, 4), window=st.integers(5, 16))
 def test_any_split_into_calls_gives_the_same_outputs_and_cache(
-    bits: int | None, cuts: set[int], sinks: int, window: int
+    bits: int | None, recent: int, cuts: set[int], sinks: int, window: int
 ) -> None:
-    shape = Shape(Definition(sinks, window, scale=0.3, bits=bits), kv_heads=2, repeat=2)
+    shape = Shape(Definition(sinks, window, scale=0.3, bits=bits, recent=recent), kv_heads=2, repeat=2)
     rng = np.random.default_rng(sinks)
     stream = random_stream(shape, 40, rng)
     stream.key = rng.standard_normal(stream.key.shape).astype(np.float32)  # ties too: both runs are float32

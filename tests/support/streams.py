@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -11,14 +11,8 @@ import onnxruntime as ort
 import torch
 
 from rotexport.graph.io import to_proto
-from rotexport.streaming.oracle import Definition, attend, pack, quantize, ring_positions
-
-OPERATORS = {
-    None: "SinkWindowAttention",
-    8: "SinkWindowAttentionInt8",
-    4: "SinkWindowAttentionInt4",
-    2: "SinkWindowAttentionInt2",
-}
+from rotexport.streaming.cache import CacheFormat, LayerCache
+from rotexport.streaming.oracle import Definition, Row, attend, pack, quantize, ring_positions
 
 
 @dataclass(frozen=True)
@@ -35,6 +29,20 @@ class Shape:
     def query_heads(self) -> int:
         return self.kv_heads * self.repeat
 
+    @property
+    def cache(self) -> LayerCache:
+        d = self.definition
+        stored = CacheFormat(d.bits, d.group, d.recent)
+        sizes = (self.kv_heads, self.head_size, self.value_size)
+        return LayerCache(*sizes, d.sinks, d.window, stored, np.dtype(np.float32))
+
+    @property
+    def key_mean(self) -> np.ndarray:
+        """A mean [Hk, D] that operators with a recent window subtract from keys."""
+        return (
+            np.random.default_rng(9).integers(-8, 8, (self.kv_heads, self.head_size)).astype(np.float32) / 8
+        )
+
 
 @dataclass
 class Stream:
@@ -50,10 +58,9 @@ class Stream:
         return self.key.shape[1]
 
     def expected(self, shape: Shape, decay: np.ndarray) -> np.ndarray:
-        query, within, key, value, slopes = (
-            torch.from_numpy(t) for t in (self.query, self.query_sink, self.key, self.value, decay)
-        )
-        return attend(shape.definition, (query, within), key, value, slopes).numpy()
+        row = Row(*(torch.from_numpy(t) for t in (self.query, self.query_sink, self.key, self.value)))
+        mean = torch.from_numpy(shape.key_mean) if shape.definition.recent else None
+        return attend(shape.definition, row, torch.from_numpy(decay), mean).numpy()
 
 
 def random_stream(shape: Shape, length: int, rng: np.random.Generator) -> Stream:
@@ -91,11 +98,9 @@ class Caller:
         self.decay = np.zeros(shape.query_heads, np.float32) if decay is None else decay
         self.session = session(shape)
         self.past = np.zeros(batch, np.int32)
-        inputs = {port.name: port for port in self.session.get_inputs()}
         self.cache = {
-            name: np.zeros((batch, *port.shape[1:]), np.int8 if port.type == "tensor(int8)" else np.float32)
-            for name, port in inputs.items()
-            if name.startswith(("sink_", "window_"))
+            name: np.zeros((batch, *tensor.shape), tensor.dtype)
+            for name, tensor in shape.cache.tensors().items()
         }
 
     def call(self, streams: list[Stream], new: list[int], size: int, rng: np.random.Generator) -> np.ndarray:
@@ -113,8 +118,11 @@ class Caller:
         }
         lengths = {"past_length": self.past, "new_length": np.array(new, np.int32)}
         positions = self.past[:, None] + np.arange(size)
+        constants = {"decay": self.decay}
+        if self.shape.definition.recent:
+            constants["key_mean"] = self.shape.key_mean
         output, *presents = self.session.run(
-            None, {**feeds, **lengths, **self.cache, "positions": positions, "decay": self.decay}
+            None, {**feeds, **lengths, **constants, **self.cache, "positions": positions}
         )
         self.cache = dict(zip(self.cache, presents, strict=True))
         self.past = self.past + np.array(new, np.int32)
@@ -150,14 +158,19 @@ def _row_cache(shape: Shape, stream: Stream, length: int) -> dict[str, np.ndarra
         if d.bits is None:
             stored = {f"window_{kind}": tensor}
         else:
-            grid = quantize(tensor, d.bits, d.group or size)
+            centered = kind == "key" and d.recent > 0
+            mean = torch.from_numpy(shape.key_mean)[:, None] if centered else torch.zeros(())
+            grid = quantize(tensor - mean, d.bits, d.group or size)
             stored = {
                 f"window_{kind}": pack(grid.levels, d.bits),
                 f"window_{kind}_scale": torch.stack([grid.steps, grid.minima], -1).float(),
             }
+        if d.recent:
+            stored[f"recent_{kind}"] = tensor
         for name, content in stored.items():
-            ring = torch.zeros(heads, d.window, *content.shape[2:], dtype=content.dtype)
-            for slot, j in enumerate(ring_positions(length, d.sinks, d.window)):
+            slots = d.recent if name.startswith("recent") else d.window
+            ring = torch.zeros(heads, slots, *content.shape[2:], dtype=content.dtype)
+            for slot, j in enumerate(ring_positions(length, d.sinks, slots)):
                 if j is not None:
                     ring[:, slot] = content[:, j]
             row[name] = ring.numpy()
@@ -167,8 +180,7 @@ def _row_cache(shape: Shape, stream: Stream, length: int) -> dict[str, np.ndarra
 def operator_graph(shape: Shape, dtype: type = np.float32) -> gs.Graph:
     """Return a graph of one operator node, every input and output a graph input or output."""
     d = shape.definition
-    batch, tokens = "batch", "sequence"
-    heads, kv, slots = shape.query_heads, shape.kv_heads, max(d.sinks, 1)
+    batch, tokens, heads, kv = "batch", "sequence", shape.query_heads, shape.kv_heads
     sizes = {"key": shape.head_size, "value": shape.value_size}
     inputs = [
         gs.Variable("positions", np.int64, [batch, tokens]),
@@ -179,29 +191,23 @@ def operator_graph(shape: Shape, dtype: type = np.float32) -> gs.Graph:
         *(gs.Variable(kind, dtype, [batch, kv, tokens, size]) for kind, size in sizes.items()),
         *(gs.Variable(name, np.int32, [batch]) for name in ("past_length", "new_length")),
         gs.Variable("decay", np.float32, [heads]),
+        *([gs.Variable("key_mean", dtype, [kv, shape.head_size])] if d.recent else []),
     ]
-    cached = [gs.Variable(f"sink_{kind}", dtype, [batch, kv, slots, size]) for kind, size in sizes.items()]
-    for kind, size in sizes.items():
-        width, stored = (size, dtype) if d.bits is None else (size * d.bits // 8, np.int8)
-        cached.append(gs.Variable(f"window_{kind}", stored, [batch, kv, d.window, width]))
-    if d.bits is not None:
-        cached += [
-            gs.Variable(f"window_{kind}_scale", dtype, [batch, kv, d.window, size // (d.group or size), 2])
-            for kind, size in sizes.items()
-        ]
+    tensors = replace(shape.cache, dtype=np.dtype(dtype)).tensors()
+    cached = [gs.Variable(name, tensor.dtype, [batch, *tensor.shape]) for name, tensor in tensors.items()]
     output = gs.Variable("output", dtype, [batch, heads, tokens, shape.value_size])
     presents = [gs.Variable(f"present_{t.name}", t.dtype, t.shape) for t in cached]
-    attributes = {
-        "sinks": d.sinks, "window": d.window, "query_heads": heads, "kv_heads": kv, "head_size": shape.head_size,
-        "value_size": shape.value_size, "scale": d.scale, "softcap": d.softcap,
-    }  # fmt: skip
+    numbers = {"sinks": d.sinks, "window": d.window} | ({"recent": d.recent} if d.recent else {})
+    heads_and_sizes = {
+        "query_heads": heads,
+        "kv_heads": kv,
+        "head_size": sizes["key"],
+        "value_size": sizes["value"],
+    }
+    attributes = numbers | heads_and_sizes | {"scale": d.scale, "softcap": d.softcap}
+    operator = shape.cache.format.operator
     node = gs.Node(
-        OPERATORS[d.bits],
-        "attention",
-        attributes,
-        [*inputs, *cached],
-        [output, *presents],
-        domain="rotexport",
+        operator, "attention", attributes, [*inputs, *cached], [output, *presents], domain="rotexport"
     )
     return gs.Graph([node], [*inputs, *cached], [output, *presents], opset=23)
 
