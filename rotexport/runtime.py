@@ -8,6 +8,7 @@ floats that they stand for, so that an error that is measured belongs to the gra
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from rotexport.errors import TargetError, ValidationError
 if TYPE_CHECKING:
     from rotexport.graph.weights import Array
 
-LARGE_WEIGHTS = 1 << 30  # bytes from which weights stay in the mapped file, not repacked in memory
+LARGE_WEIGHTS = 1 << 30  # bytes as float32 from which weights stay in the mapped file, not in memory
 
 _ELEMENT_TYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
@@ -167,17 +168,9 @@ def tensors_among(path: Path, names: Sequence[str]) -> list[str]:
     return [name for name in names if name in computed]
 
 
-def weight_bytes(path: Path) -> int:
-    """Return the size of a model file and of the external data that it refers to."""
-    locations = {
-        entry.value
-        for tensor in _read(path).graph.initializer
-        if tensor.data_location == onnx.TensorProto.EXTERNAL
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    files = [path, *(path.parent / location for location in locations)]
-    return sum(file.stat().st_size for file in files if file.is_file())
+def unpacked_bytes(path: Path) -> int:
+    """Return the size of a model's weights as float32, which is what ONNX Runtime likes to turn them into."""
+    return sum(4 * math.prod(tensor.dims) for tensor in _read(path).graph.initializer)
 
 
 def open_session(
@@ -190,7 +183,7 @@ def open_session(
     if not path.is_file():
         raise TargetError(f"there is no model at '{path}'; build one first, or correct the path")
     if low_memory is None:
-        low_memory = weight_bytes(path) >= LARGE_WEIGHTS
+        low_memory = unpacked_bytes(path) >= LARGE_WEIGHTS
     try:
         import onnxruntime as ort
     except ImportError as error:
@@ -207,7 +200,8 @@ def open_session(
     if low_memory:
         options.enable_cpu_mem_arena = False
         options.add_session_config_entry("session.disable_prepacking", "1")
-    # Folding turns 16-bit and quantized weights into resident 32-bit copies.
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    # Folding turns quantized weights into resident 32-bit copies, the last level of optimization 16-bit ones.
     disabled = ["ConstantFolding"] if low_memory else []
     source: str | bytes = str(path)
     if extra_outputs:
