@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from html import escape
@@ -30,9 +31,11 @@ def _cell(tag: str, text: str, right: bool) -> str:
 
 
 def figure(value: float | None) -> str:
-    """Return a number with about four digits; nothing for None."""
+    """Return a number with about four digits; nothing for None, a dash where there is no number."""
     if value is None:
         return ""
+    if not math.isfinite(value):
+        return "–"
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return f"{value:.2e}"

@@ -6,6 +6,7 @@ in memory once, not five times.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
@@ -74,6 +75,8 @@ class ThresholdResult:
         return "at least" if self.name in _LOWER_BOUNDS else "at most"
 
     def __str__(self) -> str:
+        if math.isnan(self.value):
+            return f"missed: {self.name} could not be measured, {self.bound} {self.limit:.6g} was asked"
         verdict = "" if self.passed else "missed: "
         return f"{verdict}{self.name} is {self.value:.6g}, {self.bound} {self.limit:.6g} was asked"
 
@@ -116,11 +119,11 @@ class Thresholds:
                 raise RecipeError(f"thresholds.{item.name}: {limit!r} is not a number; give one, or null")
 
     def check(self, figures: Mapping[str, float]) -> list[ThresholdResult]:
-        """Compare every threshold that is set and has a figure; a figure that is not a number fails."""
+        """Compare every threshold that is set; a figure that is missing or not a number fails."""
         results = []
         for item in fields(self):
-            limit, value = getattr(self, item.name), figures.get(item.name)
-            if limit is not None and value is not None:
+            limit, value = getattr(self, item.name), figures.get(item.name, math.nan)
+            if limit is not None:
                 passed = value >= limit if item.name in _LOWER_BOUNDS else value <= limit
                 results.append(ThresholdResult(item.name, float(limit), value, passed))
         return results

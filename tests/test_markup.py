@@ -8,7 +8,15 @@ from rotexport.metrics import EQUAL_DB
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(21.4905, "21.49"), (0, "0"), (1234.5, "1,234"), (1e-7, "1.00e-07"), (2.5e8, "2.50e+08"), (None, "")],
+    [
+        (21.4905, "21.49"),
+        (0, "0"),
+        (1234.5, "1,234"),
+        (1e-7, "1.00e-07"),
+        (2.5e8, "2.50e+08"),
+        (None, ""),
+        (float("nan"), "–"),
+    ],
 )
 def test_figures_have_about_four_digits(value, text):
     assert markup.figure(value) == text

@@ -134,9 +134,14 @@ def test_thresholds_are_upper_or_lower_bounds():
     assert str(results[1]) == "top1_agreement is 0.9, at least 0.8 was asked"
 
 
-def test_what_is_not_asked_or_not_measured_is_not_judged():
+def test_what_is_not_asked_is_not_judged():
     assert Thresholds().check({"kl": 5.0}) == []
-    assert Thresholds(perplexity_ratio=1.1).check({"kl": 5.0}) == []
+
+
+def test_what_is_asked_and_not_measured_fails():
+    (result,) = Thresholds(perplexity_ratio=1.1).check({"kl": 5.0})
+    assert not result.passed
+    assert str(result) == "missed: perplexity_ratio could not be measured, at most 1.1 was asked"
 
 
 def test_a_limit_that_is_met_exactly_passes_and_nan_does_not():
