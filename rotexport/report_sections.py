@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -112,7 +113,8 @@ def _by_role(outliers: Sequence[SiteOutliers]) -> dict[str, list[tuple[int, Site
     roles: dict[str, list[tuple[int, SiteOutliers]]] = {}
     for site in outliers:
         block, _, role = site.site.partition(".")
-        if block.isdigit():
+        drawable = all(r is None or math.isfinite(r) for r in (site.ratio_before, site.ratio_after))
+        if block.isdigit() and drawable:
             roles.setdefault(role, []).append((int(block), site))
     merged: dict[tuple[tuple[int, float, float | None], ...], list[str]] = {}
     for role, sites in roles.items():

@@ -129,6 +129,7 @@ def test_a_figure_that_is_not_finite_is_left_out_of_the_json(full, tmp_path):
     strange = dataclasses.replace(full, outliers=(SiteOutliers("0.down", np.inf, 3.0),))
     write_report(strange, tmp_path)
     assert np.isnan(read_report(tmp_path).outliers[0].ratio_before)
+    assert table_rows((tmp_path / "report.html").read_text(), "ratio before")[0][1] == "–"
 
 
 def test_the_page_needs_nothing_from_outside(full):
