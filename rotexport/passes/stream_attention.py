@@ -4,7 +4,8 @@
     o = Attention(q, present_key, …)                         past_length, new_length, decay, cache…)
 
 Layers that see everything get sinks and a window: the same function while a stream is shorter than the
-window, StreamingLLM's beyond. Layers that slide in the model keep their own window, without sinks: the same function.
+window, StreamingLLM's beyond. Layers that slide in the model keep their own window, without sinks: the
+same function.
 
 The query is rotated twice: to its absolute position for window keys (q), to its position inside the cache for
 sinks (q'). q' is made by copying what lies between the positions and q, with the positions replaced; whatever
