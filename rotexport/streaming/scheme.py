@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from rotexport.errors import RecipeError
+from rotexport.quant.scheme import Group
+from rotexport.streaming.cache import CacheFormat
 
 KINDS: Final = ("dense", "streaming")
 EVICTIONS: Final = ("none",)
@@ -48,6 +50,38 @@ class AttentionScheme:
     def streaming(self) -> bool:
         """Whether attention is to be swapped."""
         return self.kind == "streaming"
+
+
+@dataclass(frozen=True)
+class StreamCache:
+    """The recipe section `kv_cache` as streaming attention reads it; formats are those of `CacheFormat`."""
+
+    key: str = "none"
+    value: str = "none"
+    group: Group = None
+    recent: int = 0
+    center: bool = False
+    clip: float = 1.0
+
+    def format(self, window: int) -> CacheFormat:
+        """Return the format of a ring of `window` slots.
+
+        Raises:
+            RecipeError: streaming attention cannot store this.
+
+        """
+        if self.key != self.value:
+            raise RecipeError(
+                f"kv_cache: streaming stores keys and values alike, not {self.key} and {self.value}; "
+                "give both one format"
+            )
+        if self.clip != 1.0:
+            raise RecipeError(
+                f"kv_cache.clip: streaming stores whole ranges, not {self.clip} of them; set it to 1"
+            )
+        if self.recent > window:
+            raise RecipeError(f"kv_cache.recent: {self.recent} tokens do not fit the window of {window}")
+        return CacheFormat.named(self.key, self.group, self.recent, self.center)
 
 
 def _is_int(value: Any) -> bool:
