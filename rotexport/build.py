@@ -121,9 +121,9 @@ def _compile(prepared: Prepared, options: BuildOptions, folder: Path, stages: St
         pipeline = Pipeline(graph, PassValidator(scratch, samples.tokens) if options.validate else None)
 
         if options.validate:
-            with stages("reference"):
+            with stages("reference") as stage:
                 torch_model = reference_model(prepared.checkpoint)
-                reference = observe_reference(torch_model, samples.tokens, samples.windows)
+                reference = observe_reference(torch_model, samples.tokens, samples.windows, stage.advance)
                 del torch_model
 
         with stages("rotate") as stage:
@@ -149,9 +149,10 @@ def _compile(prepared: Prepared, options: BuildOptions, folder: Path, stages: St
             (folder / "recipe.yaml").write_text(recipe.to_yaml())
 
         if options.validate:
-            with stages("validate"):
+            with stages("validate") as stage:
                 path = runnable(graph, folder / MODEL, scratch)
-                found.proof = prove(reference, path, recipe.thresholds, pipeline.stream_view())
+                view = pipeline.stream_view()
+                found.proof = prove(reference, path, recipe.thresholds, view, stage.advance)
 
     if prepared.gpus:
         with stages("engines") as stage:

@@ -66,11 +66,6 @@ class Pipeline:
         """Where every transform went."""
         return [placement for _, report in self.finished for placement in report.placements]
 
-    @property
-    def notes(self) -> list[str]:
-        """What passes want a reader of the report to know."""
-        return [f"{rewrite.name}: {note}" for rewrite, report in self.finished for note in report.notes]
-
     def stream_view(self) -> StreamView:
         """Return how the graph's residual stream relates to PyTorch's, after what the passes did to it."""
         rotated = [p.transform for p in self.placements if p.rotation == "r1" and p.transform is not None]
@@ -111,7 +106,7 @@ def quantization_passes(
 
 
 def plan_sites(graph: gs.Graph, recipe: Recipe) -> list[SitePlan]:
-    """Give every linear its schemes, before any weight is read.
+    """Give every linear its schemes, before any weight is read, and its MatMul the site's name.
 
     Raises:
         RecipeError: an override matches nothing, a group does not divide, or schemes do not go together.
@@ -119,6 +114,8 @@ def plan_sites(graph: gs.Graph, recipe: Recipe) -> list[SitePlan]:
     """
     sites = linears(graph)
     recipe.check_sites(site.name for site in sites)
+    for site in sites:
+        site.node.name = site.name  # what builders say about a kernel then names the site
     return [
         SitePlan(site.name, site.node.name, int(site.weight.shape[0]), *recipe.schemes(site.name))
         for site in sites

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -118,6 +119,7 @@ def make_report(
         target=findings.target,
         gpus=tuple(engine.gpu for engine in findings.engines),
         text=findings.text,
+        command=_command(findings),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=versions(),
         inputs=checkpoint.fingerprint(),
@@ -129,7 +131,7 @@ def make_report(
         outliers=summarize_outliers(findings.outliers_before, findings.outliers_after),
         proof=findings.proof,
         engines=tuple(_engine(engine, findings.plan) for engine in findings.engines),
-        notes=(*findings.notes, *pipeline.notes),
+        notes=tuple(findings.notes),
     )
 
 
@@ -215,6 +217,15 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _command(findings: Findings) -> str:
+    """Return the command that repeats a build, from inside its directory."""
+    words = ["rotexport", "build", findings.source, "-o", "OUT", "--recipe", "recipe.yaml"]
+    words += ["--target", findings.target]
+    if findings.engines:
+        words += ["--gpu", ",".join(engine.gpu for engine in findings.engines)]
+    return shlex.join(words)
 
 
 def _passes(pipeline: Pipeline) -> tuple[PassSummary, ...]:

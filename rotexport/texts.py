@@ -47,8 +47,8 @@ def read_text(path: Path) -> str:
 def default_text() -> str:
     """Return English prose that every Python installation has: the paragraphs of its language reference.
 
-    Grammar, tables, headings and examples are left out. About a quarter of a megabyte, which varies a bit with
-    the Python version, so figures to be compared should be measured on a named text instead.
+    Grammar, tables, headings and examples are left out. About a quarter of a megabyte, varying a bit with the
+    Python version, so figures to be compared should be measured on a named text instead.
     """
     from pydoc_data.topics import topics
 

@@ -52,14 +52,14 @@ def is_linear(node: gs.Node) -> bool:
 
 def linears(graph: gs.Graph) -> list[Linear]:
     """Return every linear of a topologically sorted graph with its role, in graph order."""
-    depth = _attention_depth(graph)
+    following = _following_attention(graph)
     roles: dict[int, tuple[int | None, str]] = {}
     for number, node in enumerate(n for n in graph.nodes if n.op == "Attention"):
         _name_attention(node, number, roles)
     logits = {id(tensor) for tensor in graph.outputs if tensor.name == "logits"}
     for node in filter(is_linear, graph.nodes):
         if id(node) not in roles:
-            roles[id(node)] = _name_other(graph.nodes, node, depth, roles, logits)
+            roles[id(node)] = _name_other(graph.nodes, node, following[id(node)], logits)
     result = []
     seen: dict[str, int] = {}
     for node in filter(is_linear, graph.nodes):
@@ -71,14 +71,20 @@ def linears(graph: gs.Graph) -> list[Linear]:
     return result
 
 
-def _attention_depth(graph: gs.Graph) -> dict[int, int]:
-    """Count, for every tensor, the Attention nodes on its longest path from the inputs."""
-    depth: dict[int, int] = {}
-    for node in graph.nodes:
-        here = max((depth.get(id(tensor), 0) for tensor in node.inputs), default=0)
-        for tensor in node.outputs:
-            depth[id(tensor)] = here + (node.op == "Attention")
-    return depth
+def _following_attention(graph: gs.Graph) -> dict[int, int]:
+    """Return, for every node, the number of the first Attention that its outputs reach (or how many there are).
+
+    Also where attention and MLP of a block run in parallel, both reach the attention of the next block first.
+    """
+    attentions = [node for node in graph.nodes if node.op == "Attention"]
+    number = {id(node): index for index, node in enumerate(attentions)}
+    following: dict[int, int] = {}
+    for node in reversed(graph.nodes):
+        readers = [reader for tensor in node.outputs for reader in tensor.outputs]
+        following[id(node)] = min(
+            (number.get(id(reader), following[id(reader)]) for reader in readers), default=len(attentions)
+        )
+    return following
 
 
 def _name_attention(node: gs.Node, block: int, roles: dict[int, tuple[int | None, str]]) -> None:
@@ -93,27 +99,12 @@ def _name_attention(node: gs.Node, block: int, roles: dict[int, tuple[int | None
 
 
 def _name_other(
-    nodes: list[gs.Node],
-    node: gs.Node,
-    depth: dict[int, int],
-    roles: dict[int, tuple[int | None, str]],
-    logits: set[int],
+    nodes: list[gs.Node], node: gs.Node, following: int, logits: set[int]
 ) -> tuple[int | None, str]:
     ends = _forward_ends(nodes, node, logits)
     if "logits" in ends:
         return None, "head"
-    block: int | None = depth.get(id(node.inputs[0]), 0) - 1
-    siblings = [roles[id(n)] for n in consumers(node.inputs[0]) if id(n) in roles]
-    if any(role in ("query", "key", "value", "qkv") for _, role in siblings):
-        block = siblings[0][0]  # a parallel block: attention and MLP read one norm
-    upstream = _nearest(node.inputs[0], lambda t: [] if producer(t) is None else [producer(t)], _inputs)
-    parallel = [
-        roles[id(n)][0] for n in upstream if id(n) in roles and roles[id(n)][1] in ("gate", "up", "fc")
-    ]
-    if parallel:
-        block = parallel[0]
-    if block is not None and block < 0:
-        block = None
+    block = following - 1 if following > 0 else None
     if "add" in ends:
         return block, "down"
     if "nonlinearity" in ends:

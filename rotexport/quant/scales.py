@@ -20,6 +20,7 @@ from rotexport.quant.formats import INT4, NumberFormat
 CHUNK_ELEMENTS: Final = 1 << 17  # of one column chunk: its few temporaries stay in a core's cache
 # (smallest clipped range, number of ranges) to try: more levels gain less from clipping.
 SEARCH_GRID: Final = {"int4": (0.5, 12), "int8": (0.8, 6), "fp8": (0.85, 4)}
+SMALLEST_SCALE: Final = 2.0**-23  # stays above zero in fp16, also when a search halves it
 LARGEST_FACTOR: Final = 15  # times code -8 is -120: inside int8
 
 
@@ -97,8 +98,8 @@ def max_scale(groups: Array, number_format: NumberFormat) -> Array:
     """Return the scales [...] that map the largest magnitude of groups [..., g] onto the highest code."""
     largest = np.abs(groups).max(axis=-1)
     scale: Array = largest / np.asarray(number_format.highest, groups.dtype)
-    # Zero, or so small that the division underflowed: every code is zero, whatever the scale.
-    return np.where(scale > np.finfo(np.float32).tiny, scale, np.ones_like(scale))
+    # Where the scale would vanish every code is zero, whatever the scale; runtimes refuse a scale of zero.
+    return np.where(scale > SMALLEST_SCALE, scale, np.ones_like(scale))
 
 
 def _searched_scale(groups: Array, number_format: NumberFormat) -> Array:

@@ -118,7 +118,8 @@ def group_size(group: Group, length: int, key: str, where: str) -> int:
     if group is None:
         return length
     if group == "auto":
-        return next((size for size in AUTO_GROUPS if length % size == 0), length)
+        # Two blocks at least: TensorRT-RTX dequantizes a matrix with one block along K on every run.
+        return next((size for size in AUTO_GROUPS if length % size == 0 and length > size), length)
     if length % group == 0:
         return group
     divisors = [size for size in range(1, length + 1) if length % size == 0]

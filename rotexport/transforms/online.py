@@ -18,16 +18,19 @@ Array: TypeAlias = npt.NDArray[Any]
 Online: TypeAlias = "tuple[list[gs.Node], gs.Variable]"
 
 DOMAIN = "rotexport"
+WHOLE = 128
 PLUGIN = {"plugin_namespace": DOMAIN, "plugin_version": "1"}  # TensorRT then prefers the kernel to the body
 
 
 def fast_hadamard(name: str, x: gs.Variable, signs: Array, base: Array, power: int) -> Online:
     """Return FastHadamard: (x · signs) times base ⊗ Sylvester(power) / √n, in blocks of n = m · power.
 
-    Sylvester's factor is split in two so that the body's two matrix products cost least.
+    Sylvester's factor is split in two so that the body's two matrix products cost least: tensor cores
+    multiply by a matrix of up to `WHOLE` as fast as by its factors.
     """
     m = len(base)
-    hi = min((1 << bits for bits in range(power.bit_length())), key=lambda p: m * p + power // p)
+    halves = (1 << bits for bits in range(power.bit_length()))
+    hi = 1 if m == 1 and power <= WHOLE else min(halves, key=lambda p: m * p + power // p)
     tables = {"base": base, "hi": sylvester(hi), "lo": sylvester(power // hi)}
     inputs = [x, gs.Constant(f"{name}.signs", signs.astype(_dtype(x)))]
     inputs += [gs.Constant(f"{name}.{key}", np.array(table, np.int8)) for key, table in tables.items()]

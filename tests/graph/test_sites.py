@@ -52,3 +52,16 @@ def test_a_fused_projection_is_one_site() -> None:
 def test_a_product_of_two_activations_is_no_linear() -> None:
     graph = graph_of("product (float[2, 3] x, float[3, 2] y) => (float[2, 2] z) { z = MatMul(x, y) }")
     assert linears(graph) == []
+
+
+def test_attention_and_mlp_in_parallel_belong_to_one_block() -> None:
+    sequential = decoder(2, gated=False)
+    parallel = sequential
+    for n, stream in enumerate(("block__0__input", "block__0__output")):
+        parallel = parallel.replace(
+            f"b{n}_n2 = RMSNormalization<axis = -1>(b{n}_mid,",
+            f"b{n}_n2 = RMSNormalization<axis = -1>({stream},",
+        )
+    assert parallel != sequential
+    names = sorted(linear.name for linear in linears(graph_of(parallel)))
+    assert names == sorted(linear.name for linear in linears(graph_of(sequential)))

@@ -116,7 +116,8 @@ def test_extreme_columns_stay_finite(name, search, two_level, size):
     values = dequantized(result)
     assert np.isfinite(values).all()
     assert (result.scales > 0).all()
-    assert np.allclose(values[:, 1], size, rtol=0.1, atol=1e-40)
+    vanishing = 448 * scales.SMALLEST_SCALE  # what rounds to zero because its scale would vanish in fp16
+    assert np.allclose(values[:, 1], size, rtol=0.1, atol=vanishing)
 
 
 def test_the_result_does_not_depend_on_the_chunks(monkeypatch):

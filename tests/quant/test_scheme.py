@@ -47,6 +47,7 @@ def test_legal_schemes_are_made():
         (None, 60, 60),
         (12, 60, 12),
         ("auto", 1536, 64),
+        ("auto", 64, 32),
         ("auto", 96, 32),
         ("auto", 48, 16),
         ("auto", 100, 100),

@@ -104,10 +104,10 @@ def test_a_hadamard_is_one_operator_that_tensorrt_may_replace_by_a_kernel() -> N
 
 
 @pytest.mark.parametrize(
-    ("m", "power", "hi"), [(1, 64, 8), (1, 4096, 64), (12, 128, 4), (172, 64, 1), (28, 512, 4), (12, 1, 1)]
+    ("m", "power", "hi"), [(1, 64, 1), (1, 4096, 64), (12, 128, 4), (172, 64, 1), (28, 512, 4), (12, 1, 1)]
 )
 def test_sylvesters_part_is_split_where_the_body_is_cheapest(m: int, power: int, hi: int) -> None:
-    """The body multiplies [m p, m p] and [q, q] tables: m p + q operations per element."""
+    """The body multiplies [m p, m p] and [q, q] tables: m p + q operations per element; 64 is one product."""
     x = gs.Variable("x", np.dtype(np.float32), ["rows", m * power])
     (node,), _ = online.fast_hadamard("y", x, np.ones(m * power), np.ones((m, m)), power)
     tables = [len(tensor.values) for tensor in node.inputs[2:]]
