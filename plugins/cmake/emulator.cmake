@@ -7,7 +7,9 @@ add_compile_options(-Wall -Wextra -Werror -g1)
 add_compile_options(${ROTEXPORT_SANITIZERS})
 add_link_options(${ROTEXPORT_SANITIZERS})
 
-add_library(rotexport_emulator STATIC emulator/device.cpp emulator/fiber.cpp emulator/machine.cpp emulator/memory.cpp)
+# Shared, so that the plugin library and the host that feeds it see one device.
+add_library(rotexport_emulator SHARED emulator/device.cpp emulator/fiber.cpp emulator/machine.cpp emulator/memory.cpp)
+set_target_properties(rotexport_emulator PROPERTIES CXX_VISIBILITY_PRESET default)
 
 add_library(rotexport_planted_bugs SHARED ../tests/plugins/planted_bugs.cpp)
 target_link_libraries(rotexport_planted_bugs PRIVATE rotexport_emulator)
@@ -19,3 +21,11 @@ target_link_libraries(rotexport_kernels PUBLIC rotexport_emulator)
 add_library(rotexport_emulated_kernels SHARED ../tests/plugins/emulated_kernels.cpp)
 target_link_libraries(rotexport_emulated_kernels PRIVATE rotexport_kernels)
 set_target_properties(rotexport_emulated_kernels PROPERTIES CXX_VISIBILITY_PRESET default)
+
+if(TARGET rotexport_tensorrt)
+  target_include_directories(rotexport_tensorrt SYSTEM INTERFACE emulator/stub)
+  include(cmake/library.cmake)
+  target_link_libraries(rotexport_host PRIVATE rotexport_emulator)
+else()
+  message(STATUS "TENSORRT_ROOT is not set: the plugin library and its host are not built")
+endif()

@@ -1,5 +1,5 @@
 # rotexport_kernels: every kernel, one compilation unit per instantiation so that they compile side by side.
-add_library(rotexport_kernels STATIC kernels/fast_hadamard_plan.cpp kernels/fast_hadamard_run.cpp)
+add_library(rotexport_kernels STATIC kernels/fast_hadamard_plan.cpp)
 
 # Adds one unit: a source compiled with the given definitions.
 function(rotexport_add_unit name source)
@@ -10,9 +10,11 @@ function(rotexport_add_unit name source)
     target_compile_options(${name} PRIVATE -x c++)
   endif()
   target_sources(rotexport_kernels PRIVATE $<TARGET_OBJECTS:${name}>)
+  set(ROTEXPORT_UNITS ${ROTEXPORT_UNITS} ${name} PARENT_SCOPE)
 endfunction()
 
 rotexport_add_unit(fast_hadamard_pack kernels/fast_hadamard_pack.cu)
+rotexport_add_unit(fast_hadamard_run kernels/fast_hadamard_run.cu)
 set(elements device::Half device::BFloat16 float)
 foreach(element ${elements})
   foreach(output kSame kInt8 kInt4)

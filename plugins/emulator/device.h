@@ -31,6 +31,10 @@ using emulator::kFullMask;
 using emulator::kWarp;
 
 inline unsigned thread_index() { return emulator::Machine::instance().thread(); }
+template <class T>
+T opaque(T value) {
+  return value;
+}
 inline unsigned block_index() { return emulator::Machine::instance().block(); }
 inline unsigned block_size() { return emulator::Machine::instance().shape().block; }
 inline unsigned grid_size() { return emulator::Machine::instance().shape().grid; }
@@ -55,20 +59,25 @@ class Global {
   Global() = default;
   explicit Global(T* data) : data_(data) {}
 
+  Global from(int64_t start) const {
+    return Global(
+        reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(data_) + static_cast<uintptr_t>(start) * sizeof(T)));
+  }
   template <class V>
-  V load(int64_t index, ROTEXPORT_SITE) const {
+  V load(uint32_t index, ROTEXPORT_SITE) const {
     return checked_load<V>(at(index), site);
   }
   template <class V>
-  void store(int64_t index, const V& value, ROTEXPORT_SITE) const {
+  void store(uint32_t index, const V& value, ROTEXPORT_SITE) const {
     checked_store(at(index), value, site);
   }
 
  private:
-  // An index out of bounds must reach the checks, so the address is made without pointer arithmetic.
-  T* at(int64_t index) const {
+  // Addresses are computed as on a GPU, in 32 bits from the start of the view. An index out of bounds must
+  // reach the checks, so the address is made without pointer arithmetic.
+  T* at(uint32_t index) const {
     return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(data_) +
-                                static_cast<uintptr_t>(index) * sizeof(T));
+                                index * static_cast<uint32_t>(sizeof(T)));
   }
 
   T* data_ = nullptr;

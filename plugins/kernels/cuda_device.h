@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/status.h"
 #include "kernels/vector.h"
@@ -24,33 +25,53 @@ constexpr unsigned kWarp = 32;
 constexpr uint32_t kFullMask = 0xffffffffu;
 
 ROTEXPORT_DEVICE unsigned thread_index() { return threadIdx.x; }
+// The value, of which the compiler no longer knows where it comes from. Addresses derived from a loop's
+// counter are then computed in each turn, where otherwise one register each would be kept and advanced.
+template <class T>
+ROTEXPORT_DEVICE T opaque(T value) {
+  static_assert(sizeof(T) == 4, "one register");
+  asm volatile("" : "+r"(value));
+  return value;
+}
 ROTEXPORT_DEVICE unsigned block_index() { return blockIdx.x; }
 ROTEXPORT_DEVICE unsigned block_size() { return blockDim.x; }
 ROTEXPORT_DEVICE unsigned grid_size() { return gridDim.x; }
 
 // A tensor in global memory. A tensor of const elements must not be written by any thread of the launch.
+// Indices reach 4 GB from where the view starts: 32-bit offsets spare the registers of 64-bit addresses.
 template <class T>
 class Global {
  public:
   Global() = default;
   explicit Global(T* data) : data_(data) {}
 
-  template <class V>
-  ROTEXPORT_DEVICE V load(int64_t index) const {
-    return fetch<V>(data_ + index, static_cast<T*>(nullptr));
+  ROTEXPORT_DEVICE Global from(int64_t start) const {
+    Global shifted;
+    shifted.data_ = data_ + start;
+    return shifted;
   }
   template <class V>
-  ROTEXPORT_DEVICE void store(int64_t index, const V& value) const {
-    *reinterpret_cast<V*>(data_ + index) = value;
+  ROTEXPORT_DEVICE V load(uint32_t index) const {
+    if constexpr (std::is_const<T>::value) {
+      return load_constant<V>(at(index));
+    } else {
+      return *reinterpret_cast<const V*>(at(index));
+    }
+  }
+  template <class V>
+  ROTEXPORT_DEVICE void store(uint32_t index, const V& value) const {
+    *reinterpret_cast<V*>(at(index)) = value;
   }
 
  private:
-  template <class V, class U>
-  static ROTEXPORT_DEVICE V fetch(U* address, U*) {
-    return *reinterpret_cast<const V*>(address);
+  using Byte = std::conditional_t<std::is_const<T>::value, const char, char>;
+
+  ROTEXPORT_DEVICE Byte* at(uint32_t index) const {
+    return reinterpret_cast<Byte*>(data_) + index * static_cast<uint32_t>(sizeof(T));
   }
-  template <class V, class U>
-  static ROTEXPORT_DEVICE V fetch(const U* address, const U*) {
+
+  template <class V>
+  static ROTEXPORT_DEVICE V load_constant(const char* address) {
     V value;
     if constexpr (sizeof(V) == 16) {
       *reinterpret_cast<uint4*>(&value) = __ldg(reinterpret_cast<const uint4*>(address));

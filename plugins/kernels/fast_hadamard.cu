@@ -23,11 +23,9 @@ Status launch_variant(const Plan& plan, const Operands& operands, device::Stream
   views.packed_signs = device::Global<const uint32_t>(static_cast<const uint32_t*>(operands.workspace));
   views.y = device::Global<typename Traits::Result>(static_cast<typename Traits::Result*>(operands.y));
   views.scale = device::Global<float>(operands.scale);
-  const Geometry& geometry = plan.geometry;
-  const int64_t units = (geometry.elements + geometry.unit - 1) / geometry.unit;
-  const int64_t most = std::max(1u, device::multiprocessors() * kBlocksPerMultiprocessor);
-  const auto grid = static_cast<unsigned>(std::min(units, most));
-  return device::launch(fast_hadamard<Traits>, {grid, plan.threads, plan.shared_bytes}, stream, geometry,
+  const unsigned most = std::max(1u, device::multiprocessors() * kBlocksPerMultiprocessor);
+  const unsigned grid = std::min(plan.geometry.units, most);
+  return device::launch(fast_hadamard<Traits>, {grid, plan.threads, plan.shared_bytes}, stream, plan.geometry,
                         views, plan.peak_bytes);
 }
 

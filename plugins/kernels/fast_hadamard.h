@@ -35,6 +35,8 @@ enum class Type : int { kHalf, kBFloat16, kFloat };
 enum class Output : int { kSame, kInt8, kInt4 };
 
 constexpr int kLongest = 32768;
+constexpr int kMaxWarps = 12;      // of a thread block: 168 registers remain to a thread
+constexpr int kMaxLongWarps = 16;  // with two column tiles: 128 registers, so x is loaded in smaller parts
 
 struct Problem {
   Type type;
@@ -60,19 +62,22 @@ struct Operands {
 struct Geometry {
   int64_t elements;  // of x
   int row;
-  int block;       // order * columns
-  int order;       // a multiple of 4
-  int base_order;  // the matrix is base (x) Sylvester, repeated along the diagonal
-  int diagonal;    // order of one repetition; equal to `order` unless n < 4
+  int block;          // order * columns
+  int order;          // a multiple of 4
+  int base_order;     // the matrix is base (x) Sylvester, repeated along the diagonal
+  int repeat_mask;    // selects the bits of a row's index within one repetition: all, unless n < 4
+  int log_sylvester;  // of the Sylvester factor of the matrix
   int log_columns;
   int stages;      // of the butterflies; log_columns unless n = 1
   int row_groups;  // of kRowTiles * 16 rows
   int group_step;  // distance of two tiles' blocks: block * (blocks in one tile)
-  int unit;        // elements that a thread block finishes before it takes others
-  int tiles;       // warp tiles of a unit
-  int rounds;      // passes of the thread block's warps over the tiles
-  float scale;     // 1 / sqrt(n)
-  float quantum;   // clip / 127 or clip / 7
+  unsigned units;
+  int unit;       // elements that a thread block finishes before it takes others
+  int tokens;     // rows of x in a unit, when quantizing
+  int tiles;      // warp tiles of a unit
+  int rounds;     // passes of the thread block's warps over the tiles
+  float scale;    // 1 / sqrt(n)
+  float quantum;  // clip / 127 or clip / 7
 };
 
 // Which instantiation runs: see Traits in fast_hadamard_kernel.h.

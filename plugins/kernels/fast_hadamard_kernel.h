@@ -32,13 +32,16 @@ struct Traits {
   static constexpr int kRowTiles = kRowTiles_;
   static constexpr int kColumnTiles = kColumnTiles_;
   static constexpr int kExchange = kExchange_;
-  static constexpr int kMaxThreads = 512;
   static constexpr int kRun =
-      kColumnClass == 3 ? 8 : 1 << kColumnClass;           // neighbours in memory that a lane holds
-  static constexpr int kWords = 32 * sizeof(Element) / 4;  // a lane's share of a tile of x
+      kColumnClass == 3 ? 8 : 1 << kColumnClass;  // neighbours in memory that a lane holds
+  static constexpr int kMaxThreads = 32 * (kColumnTiles == 2 ? kMaxLongWarps : kMaxWarps);
+  static constexpr int kWords = kColumnTiles == 2 ? 8 : 16;
+  // A part is rows 4 q ... 4 q + 3 of so many columns: kWords registers.
+  static constexpr int kPartColumns = kWords / static_cast<int>(sizeof(Element));
 
   static_assert(kColumnClass >= 0 && kColumnClass <= 3, "columns come in classes 0 to 3");
   static_assert(kRowTiles * kColumnTiles <= 2, "a warp holds at most two tiles in registers");
+  static_assert(kColumnClass == 3 || kPartColumns >= kRun, "a part holds whole runs");
   static_assert(kColumnTiles == 1 || kColumnClass == 3, "only long rows span two tiles");
   static_assert(kExchange == 1 || kColumnTiles == 2,
                 "rows are split between warps when two tiles do not hold them");
@@ -58,7 +61,6 @@ struct KernelOperands {
 
 // Where one warp's tile lies.
 struct Place {
-  int64_t unit_start;  // in x
   int unit_count;      // elements of the unit that exist
   int unit_row_start;  // unit_start modulo the row length
   int first_block;     // offset in the unit of the tile's first block
@@ -75,15 +77,16 @@ class Tile {
   ROTEXPORT_DEVICE explicit Tile(const Geometry& geometry)
       : geometry_(geometry), g_(device::thread_index() % 32 / 4), q_(device::thread_index() % 4) {}
 
-  // A matrix of one tile stays in registers.
+  // A matrix of one tile stays in a register: as pack_signs has it, and four bits higher which entries are
+  // not zero.
   ROTEXPORT_DEVICE void load_matrix(const device::Global<const int8_t>& base) {
+    narrow_matrix_ = 0;
     ROTEXPORT_UNROLL
-    for (int r = 0; r < 4; ++r) {
-      const int row = g_ + 8 * (r & 1);
-      const int column = 4 * q_ + 2 * (r >> 1);
-      const auto low = static_cast<float>(matrix_entry(geometry_, base, row, column));
-      const auto high = static_cast<float>(matrix_entry(geometry_, base, row, column + 1));
-      narrow_matrix_[r] = device::pack<Factor>(low, high);
+    for (int bit = 0; bit < 8; ++bit) {
+      const int reg = bit % 4;
+      const int entry = matrix_entry(geometry_, base, g_ + 8 * (reg & 1), 4 * q_ + 2 * (reg >> 1) + bit / 4);
+      const uint32_t bits = (entry < 0 ? 1u : 0u) | (entry != 0 ? 0x10u : 0u);
+      narrow_matrix_ |= bits << (reg + bit / 4 * 16);
     }
   }
 
@@ -92,14 +95,18 @@ class Tile {
     ROTEXPORT_UNROLL
     for (int i = 0; i < kSums; ++i) (&sums_[0][0][0][0])[i] = 0.0f;
     const int row_tiles = (geometry_.order + 15) / 16;
-    for (int k = 0; k < row_tiles; ++k) {
-      uint32_t matrix[Traits::kRowTiles][4];
-      load_fragments(matrix, place.row_group, k, row_tiles, operands.packed_signs);
-      ROTEXPORT_UNROLL
-      for (int c = 0; c < Traits::kColumnTiles; ++c) {
+    const Origin origin = origin_of(place);
+    ROTEXPORT_UNROLL
+    for (int part = 0; part < Traits::kColumnTiles * kParts; ++part) {
+      const int columns = part / kParts * 64 + part % kParts * Traits::kPartColumns;
+      // One part after the other: loading several at once would take more registers than there are.
+      for (int counter = 0; counter < row_tiles; ++counter) {
+        const int k = device::opaque(counter);
+        uint32_t matrix[Traits::kRowTiles][4];
         uint32_t words[Traits::kWords];
-        load_tile(words, place, k, c, operands);
-        multiply(words, matrix, c);
+        load_fragments(matrix, place.row_group, k, row_tiles, operands.packed_signs);
+        load_part(words, place, origin, k, columns, operands);
+        multiply(words, matrix, columns / 64, columns % 64);
       }
     }
     mix_columns();
@@ -124,8 +131,8 @@ class Tile {
       for (int x = 0; x < Traits::kExchange; ++x) {
         ROTEXPORT_UNROLL
         for (int i = 0; i < kLength; i += kVector) {
-          const int column = 128 * x + first + i;
-          const int chunk = swizzle(column / 4, read_row);
+          const int column = first + i;
+          const int chunk = swizzle(column / 4, read_row) + 32 * x;
           const Piece piece = buffer.template load<Piece>(read_row * columns + 4 * chunk + column % 4);
           ROTEXPORT_UNROLL
           for (int j = 0; j < kVector; ++j) received[half][x][i + j] = piece.values[j];
@@ -150,8 +157,8 @@ class Tile {
     for (int i = 0; i < 64; ++i) (&sums_[0][0][0][0])[i] = (&received[0][0][0])[i];
   }
 
-  // Calls visit(offset in the unit, exists, values) for every run of neighbours that the lane holds; all
-  // lanes of a warp make the same calls.
+  // Calls visit(offset in the unit, exists, values) for every run of neighbours that the lane holds,
+  // sqrt(n) times too large; all lanes of a warp make the same calls.
   template <class Visit>
   ROTEXPORT_DEVICE void for_each_run(const Place& place, const Visit& visit) const {
     if constexpr (Traits::kExchange > 1) {
@@ -173,6 +180,7 @@ class Tile {
   static constexpr int kLongestRun = Traits::kExchange > 1 ? 32 / Traits::kExchange : Traits::kRun;
 
  private:
+  static constexpr int kParts = 8 / Traits::kPartColumns;  // of a lane's vector
   static constexpr int kSums = 32 * Traits::kRowTiles * Traits::kColumnTiles;
 
   static ROTEXPORT_DEVICE void add_and_subtract(float& a, float& b) {
@@ -181,21 +189,29 @@ class Tile {
     a = sum;
   }
 
-  // Index, among the 32 elements of x that a lane holds of a tile, of row 4 q + k of its column t.
+  // Index, among the elements of a part, of row 4 q + k of its column t.
   static constexpr ROTEXPORT_DEVICE int element(int k, int t) {
     return Traits::kColumnClass == 3
-               ? 8 * k + t
+               ? Traits::kPartColumns * k + t
                : t / Traits::kRun * 4 * Traits::kRun + k * Traits::kRun + t % Traits::kRun;
+  }
+
+  // Bits `r` and 16 + `r` of a word of packed signs as two factors.
+  static ROTEXPORT_DEVICE uint32_t signed_ones(uint32_t word, int r, uint32_t ones) {
+    return ((word << (15 - r)) & 0x80008000u) ^ ones;
   }
 
   ROTEXPORT_DEVICE void load_fragments(uint32_t (&matrix)[Traits::kRowTiles][4], int row_group, int k,
                                        int row_tiles, const device::Global<const uint32_t>& packed) const {
+    constexpr uint32_t kOnes = std::is_same<Factor, device::Half>::value ? 0x3c003c00u : 0x3f803f80u;
     if (row_tiles == 1) {
       ROTEXPORT_UNROLL
-      for (int r = 0; r < 4; ++r) matrix[0][r] = narrow_matrix_[r];
+      for (int r = 0; r < 4; ++r) {
+        const uint32_t present = (narrow_matrix_ >> (4 + r) & 0x00010001u) * 0xffffu;
+        matrix[0][r] = signed_ones(narrow_matrix_, r, kOnes) & present;
+      }
       return;
     }
-    constexpr uint32_t kOnes = std::is_same<Factor, device::Half>::value ? 0x3c003c00u : 0x3f803f80u;
     const int quads = (row_tiles + 3) / 4;
     ROTEXPORT_UNROLL
     for (int i = 0; i < Traits::kRowTiles; ++i) {
@@ -204,44 +220,57 @@ class Tile {
                                                   static_cast<int>(device::thread_index() % 32)) >>
                             k % 4 * 4;
       ROTEXPORT_UNROLL
-      for (int r = 0; r < 4; ++r) matrix[i][r] = ((word << (15 - r)) & 0x80008000u) ^ kOnes;
+      for (int r = 0; r < 4; ++r) matrix[i][r] = signed_ones(word, r, kOnes);
     }
   }
 
-  // The lane's 32 elements of tile (k, c) of x with their signs applied, zero where there are none.
-  ROTEXPORT_DEVICE void load_tile(uint32_t (&words)[Traits::kWords], const Place& place, int k, int c,
-                                  const KernelOperands<Traits>& operands) const {
+  // The first of the lane's columns, and where its block starts.
+  struct Origin {
+    int column;
+    int block;   // in the unit
+    int in_row;  // in a row of x
+  };
+
+  ROTEXPORT_DEVICE Origin origin_of(const Place& place) const {
+    Origin origin;
+    // Lane group 2 q + j brings vector q + 4 j, so that the sums come out as described at the top.
+    const int column = place.first_column + 8 * (g_ / 2 + 4 * (g_ % 2));
+    origin.column = column & ((1 << geometry_.log_columns) - 1);
+    origin.block = place.first_block + (column >> geometry_.log_columns) * geometry_.block;
+    origin.in_row = (place.unit_row_start + origin.block) % geometry_.row;
+    return origin;
+  }
+
+  // The lane's part of row tile k of x that begins `columns` after the origin, with its signs applied; zero
+  // where there is nothing.
+  ROTEXPORT_DEVICE void load_part(uint32_t (&words)[Traits::kWords], const Place& place, const Origin& origin,
+                                  int k, int columns, const KernelOperands<Traits>& operands) const {
     const int row = 16 * k + 4 * q_;
-    // Lane group 2 q + j brings vector q + 4 j of the columns, so that the sums come out as described at the
-    // top.
-    const int column = place.first_column + 64 * c + 8 * (g_ / 2 + 4 * (g_ % 2));
     if constexpr (Traits::kColumnClass == 3) {
-      const int block = place.first_block + (column >> geometry_.log_columns) * geometry_.block;
-      const bool exists = row < geometry_.order && block < place.unit_count;
-      const int inside = (row << geometry_.log_columns) + (column & ((1 << geometry_.log_columns) - 1));
-      const int in_row = (place.unit_row_start + block) % geometry_.row + inside;
+      const bool exists = row < geometry_.order && origin.block < place.unit_count;
+      const int inside = (row << geometry_.log_columns) + origin.column + columns;
       ROTEXPORT_UNROLL
       for (int i = 0; i < 4; ++i) {
-        const int step = i << geometry_.log_columns;
-        load_run<8>(words + i * Traits::kWords / 4, exists, place.unit_start + block + inside + step,
-                    in_row + step, operands);
+        const int step = inside + (i << geometry_.log_columns);
+        load_run<Traits::kPartColumns>(words + Traits::kWords / 4 * i, exists, origin.block + step,
+                                       origin.in_row + step, operands);
       }
     } else {
-      constexpr int kBlocks = 8 / Traits::kRun;
+      constexpr int kBlocks = Traits::kPartColumns / Traits::kRun;
       ROTEXPORT_UNROLL
       for (int i = 0; i < kBlocks; ++i) {
-        const int block = place.first_block + (column / Traits::kRun + i) * geometry_.block;
-        const bool exists = row < geometry_.order && block < place.unit_count;
+        const int blocks = (columns / Traits::kRun + i) * geometry_.block;
+        const bool exists = row < geometry_.order && origin.block + blocks < place.unit_count;
         const int inside = row * Traits::kRun;
         load_run<4 * Traits::kRun>(words + i * Traits::kWords / kBlocks, exists,
-                                   place.unit_start + block + inside,
-                                   (place.unit_row_start + block) % geometry_.row + inside, operands);
+                                   origin.block + blocks + inside,
+                                   (origin.in_row + blocks) % geometry_.row + inside, operands);
       }
     }
   }
 
   template <int kCount>
-  ROTEXPORT_DEVICE void load_run(uint32_t* words, bool exists, int64_t index, int in_row,
+  ROTEXPORT_DEVICE void load_run(uint32_t* words, bool exists, int index, int in_row,
                                  const KernelOperands<Traits>& operands) const {
     constexpr int kRunWords = kCount * static_cast<int>(sizeof(Element)) / 4;
     constexpr int kVector = kRunWords < 4 ? kRunWords : 4;
@@ -262,17 +291,17 @@ class Tile {
   }
 
   ROTEXPORT_DEVICE void multiply(uint32_t (&words)[Traits::kWords],
-                                 const uint32_t (&matrix)[Traits::kRowTiles][4], int c) {
+                                 const uint32_t (&matrix)[Traits::kRowTiles][4], int c, int first) {
     constexpr int kPieces = sizeof(Element) == 2 ? 1 : 3;
     ROTEXPORT_UNROLL
     for (int piece = 0; piece < kPieces; ++piece) {
       ROTEXPORT_UNROLL
-      for (int t = 0; t < 8; ++t) {
+      for (int t = 0; t < Traits::kPartColumns; ++t) {
         const uint32_t column[2] = {take_pair(words, element(0, t), element(1, t)),
                                     take_pair(words, element(2, t), element(3, t))};
         ROTEXPORT_UNROLL
         for (int r = 0; r < Traits::kRowTiles; ++r)
-          device::multiply_add<Factor>(sums_[r][c][t], matrix[r], column);
+          device::multiply_add<Factor>(sums_[r][c][first + t], matrix[r], column);
       }
     }
   }
@@ -340,7 +369,7 @@ class Tile {
     for (int i = 0; i < 16; ++i) add_and_subtract(sums[i / 2][i % 2 * 2], sums[i / 2][i % 2 * 2 + 1]);
   }
 
-  // Four columns are a chunk; permuting the chunks of a row spreads a warp's accesses over all banks.
+  // Four columns are a chunk; permuting those of 128 columns spreads a warp's accesses over all banks.
   static ROTEXPORT_DEVICE int swizzle(int chunk, int row) { return chunk ^ (chunk >> 3 & 3) ^ (row & 1); }
 
   ROTEXPORT_DEVICE void write_half(const Place& place, const device::Shared<float>& buffer, int half) const {
@@ -351,11 +380,11 @@ class Tile {
       const int c = i / 4;
       const int j = i / 2 % 2;
       const int t = i % 2 * 4;
-      const int chunk = (place.first_column + 64 * c + 8 * (q_ + 4 * j) + t) / 4;
+      const int chunk = swizzle(16 * c + 2 * (q_ + 4 * j) + t / 4, row) + place.first_column / 4;
       const int sum = 2 * half + j;
       const Piece piece = {sums_[0][c][t][sum], sums_[0][c][t + 1][sum], sums_[0][c][t + 2][sum],
                            sums_[0][c][t + 3][sum]};
-      buffer.store((row << geometry_.log_columns) + 4 * swizzle(chunk, row), piece);
+      buffer.store((row << geometry_.log_columns) + 4 * chunk, piece);
     }
   }
 
@@ -371,7 +400,7 @@ class Tile {
       const int inside = (row << geometry_.log_columns) + (at & ((1 << geometry_.log_columns) - 1));
       float values[kRun];
       ROTEXPORT_UNROLL
-      for (int t = 0; t < kRun; ++t) values[t] = sums_[r][c][first + t][2 * half + j] * geometry_.scale;
+      for (int t = 0; t < kRun; ++t) values[t] = sums_[r][c][first + t][2 * half + j];
       visit(block + inside, row < geometry_.order && block < place.unit_count, values);
     }
   }
@@ -388,7 +417,7 @@ class Tile {
       const int column = 128 * (i % Traits::kExchange) + thread % (4 * Traits::kExchange) * kLength;
       float values[kLength];
       ROTEXPORT_UNROLL
-      for (int j = 0; j < kLength; ++j) values[j] = (&sums_[0][0][0][0])[i * kLength + j] * geometry_.scale;
+      for (int j = 0; j < kLength; ++j) values[j] = (&sums_[0][0][0][0])[i * kLength + j];
       visit(place.first_block + (row << geometry_.log_columns) + column, row < geometry_.order, values);
     }
   }
@@ -396,21 +425,21 @@ class Tile {
   const Geometry& geometry_;
   int g_;
   int q_;
-  uint32_t narrow_matrix_[4];
+  uint32_t narrow_matrix_;
   float sums_[Traits::kRowTiles][Traits::kColumnTiles][8][4];
 };
 
-// Stores `kCount` neighbours. All lanes of the warp call it.
+// Stores `kCount` neighbours, multiplied by `factor`. All lanes of the warp call it.
 template <class Traits, int kCount>
-ROTEXPORT_DEVICE void store_run(const KernelOperands<Traits>& operands, int64_t index, bool exists,
-                                const float (&values)[kCount], float inverse_scale) {
+ROTEXPORT_DEVICE void store_run(const KernelOperands<Traits>& operands, int index, bool exists,
+                                const float (&values)[kCount], float factor) {
   if constexpr (Traits::kQuantizes) {
     constexpr int kBits = Traits::kOutput == Output::kInt8 ? 8 : 4;
     constexpr int kLargest = (1 << (kBits - 1)) - 1;
     uint32_t codes[(kCount * kBits + 31) / 32] = {};
     ROTEXPORT_UNROLL
     for (int i = 0; i < kCount; ++i) {
-      int code = device::round_to_int(values[i] * inverse_scale);
+      int code = device::round_to_int(values[i] * factor);
       code = code > kLargest ? kLargest : code < -kLargest - 1 ? -kLargest - 1 : code;
       codes[i * kBits / 32] |= (static_cast<uint32_t>(code) & ((1u << kBits) - 1)) << i * kBits % 32;
     }
@@ -421,7 +450,7 @@ ROTEXPORT_DEVICE void store_run(const KernelOperands<Traits>& operands, int64_t 
       const auto byte = static_cast<uint8_t>(codes[0] | other << 4);
       if (exists && index % 2 == 0) operands.y.store(index / 2, byte);
     } else if (exists) {
-      const int64_t at = index * kBits / 8;
+      const int at = index * kBits / 8;
       if constexpr (kBytes == 1) {
         operands.y.store(at, static_cast<uint8_t>(codes[0]));
       } else if constexpr (kBytes == 2) {
@@ -440,7 +469,7 @@ ROTEXPORT_DEVICE void store_run(const KernelOperands<Traits>& operands, int64_t 
   } else if (exists) {
     constexpr int kBytes = kCount * static_cast<int>(sizeof(typename Traits::Element));
     if constexpr (kBytes == 2) {
-      const uint32_t packed = device::pack<typename Traits::Element>(values[0], 0.0f);
+      const uint32_t packed = device::pack<typename Traits::Element>(values[0] * factor, 0.0f);
       operands.y.store(index, static_cast<uint16_t>(packed));
     } else {
       constexpr int kVector = kBytes < 16 ? kBytes / 4 : 4;
@@ -451,10 +480,10 @@ ROTEXPORT_DEVICE void store_run(const KernelOperands<Traits>& operands, int64_t 
         ROTEXPORT_UNROLL
         for (int j = 0; j < kVector; ++j) {
           if constexpr (kPerWord == 1) {
-            piece.values[j] = device::float_bits(values[i + j]);
+            piece.values[j] = device::float_bits(values[i + j] * factor);
           } else {
-            piece.values[j] =
-                device::pack<typename Traits::Element>(values[2 * (i + j)], values[2 * (i + j) + 1]);
+            piece.values[j] = device::pack<typename Traits::Element>(values[2 * (i + j)] * factor,
+                                                                     values[2 * (i + j) + 1] * factor);
           }
         }
         operands.y.store(index + i * kPerWord, piece);
@@ -463,16 +492,15 @@ ROTEXPORT_DEVICE void store_run(const KernelOperands<Traits>& operands, int64_t 
   }
 }
 
-// The largest |value| of each token of a unit, as the bits of a float: they order as the floats do, NaN last.
-// Then the inverse of the token's scale.
+// The largest |sum| of each token of a unit, as the bits of a float: they order as the floats do, NaN last.
+// Then what turns the token's sums into codes.
 template <class Traits>
 class Peaks {
  public:
-  ROTEXPORT_DEVICE explicit Peaks(const Geometry& geometry)
-      : peaks_(0), geometry_(geometry), tokens_(geometry.unit / geometry.row) {}
+  ROTEXPORT_DEVICE explicit Peaks(const Geometry& geometry) : peaks_(0), geometry_(geometry) {}
 
   ROTEXPORT_DEVICE void clear() const {
-    for (int i = thread(); i < tokens_; i += threads()) peaks_.store(i, uint32_t{0});
+    for (int i = thread(); i < geometry_.tokens; i += threads()) peaks_.store(i, uint32_t{0});
     device::barrier();
   }
 
@@ -486,13 +514,13 @@ class Peaks {
         largest = magnitude > largest ? magnitude : largest;
       }
       if (!exists) return;
-      if (tokens_ > 1) {
+      if (geometry_.tokens > 1) {
         peaks_.atomic_max(offset / geometry_.row, largest);
       } else {
         peak = largest > peak ? largest : peak;
       }
     });
-    if (tokens_ > 1) return;
+    if (geometry_.tokens > 1) return;
     ROTEXPORT_UNROLL
     for (int lanes = 16; lanes > 0; lanes /= 2) {
       const uint32_t other = device::shuffle_xor(peak, lanes);
@@ -501,22 +529,22 @@ class Peaks {
     if (thread() % 32 == 0) peaks_.atomic_max(0, peak);
   }
 
-  // Turns peaks into scales, which it writes, and their inverses, which it keeps.
+  // Turns peaks into scales, which it writes, and into factors, which it keeps.
   ROTEXPORT_DEVICE void finish(const Place& place, const device::Global<float>& scales) const {
     constexpr float kSmallest = 1.17549435e-38f;  // its inverse is still finite
     device::barrier();
-    const int64_t first = place.unit_start / geometry_.row;
     for (int i = thread(); i * geometry_.row < place.unit_count; i += threads()) {
-      float scale = device::bits_float(peaks_.template load<uint32_t>(i)) * geometry_.quantum;
+      const float peak = device::bits_float(peaks_.template load<uint32_t>(i)) * geometry_.scale;
+      float scale = peak * geometry_.quantum;
       if (scale < kSmallest) scale = kSmallest;
-      scales.store(first + i, scale);
-      peaks_.store(i, device::float_bits(1.0f / scale));
+      scales.store(i, scale);
+      peaks_.store(i, device::float_bits(geometry_.scale / scale));
     }
     device::barrier();
   }
 
-  ROTEXPORT_DEVICE float inverse_scale(int offset, bool exists) const {
-    const int token = tokens_ > 1 && exists ? offset / geometry_.row : 0;
+  ROTEXPORT_DEVICE float factor(int offset, bool exists) const {
+    const int token = geometry_.tokens > 1 && exists ? offset / geometry_.row : 0;
     return device::bits_float(peaks_.template load<uint32_t>(token));
   }
 
@@ -526,29 +554,46 @@ class Peaks {
 
   device::Shared<uint32_t> peaks_;
   const Geometry& geometry_;
-  int tokens_;
 };
 
-// Moves a warp to its tile of a round; false when the round has none for it.
+// The operands as seen from the start of a unit.
 template <class Traits>
-ROTEXPORT_DEVICE bool go_to_tile(const Geometry& geometry, int round, Place& place) {
+ROTEXPORT_DEVICE KernelOperands<Traits> at_unit(const KernelOperands<Traits>& operands, unsigned unit,
+                                                const Geometry& geometry) {
+  KernelOperands<Traits> here = operands;
+  const int64_t start = static_cast<int64_t>(unit) * geometry.unit;
+  here.x = operands.x.from(start);
+  here.y = operands.y.from(Traits::kOutput == Output::kInt4 ? start / 2 : start);
+  if constexpr (Traits::kQuantizes) here.scale = operands.scale.from(start / geometry.row);
+  return here;
+}
+
+// The tile of the calling warp in a round of a unit. When there are fewer tiles than warps, some lie past the
+// end of the unit, where no element exists: a branch around their work would cost the others more than it
+// saves.
+template <class Traits>
+ROTEXPORT_DEVICE Place place_of(const Geometry& geometry, unsigned unit, int round) {
+  Place place;
+  const int64_t start = static_cast<int64_t>(unit) * geometry.unit;
+  const int64_t left = geometry.elements - start;
+  place.unit_count = left < geometry.unit ? static_cast<int>(left) : geometry.unit;
+  place.unit_row_start = geometry.unit % geometry.row == 0 ? 0 : static_cast<int>(start % geometry.row);
   const int warp = static_cast<int>(device::thread_index() / 32);
   if constexpr (Traits::kExchange > 1) {
     place.first_block = round * geometry.block;
-    place.row_group = warp / Traits::kExchange;
+    place.row_group = Traits::kExchange == 16 ? 0 : warp / Traits::kExchange;  // at most 16 warps
     place.first_column = warp % Traits::kExchange * 128;
-    return true;
   } else {
     const int tile = round * static_cast<int>(device::block_size() / 32) + warp;
     place.first_block = tile / geometry.row_groups * geometry.group_step;
     place.row_group = tile % geometry.row_groups;
     place.first_column = 0;
-    return tile < geometry.tiles;
   }
+  return place;
 }
 
 template <class Traits>
-ROTEXPORT_KERNEL void __launch_bounds__(Traits::kMaxThreads)
+ROTEXPORT_KERNEL void __launch_bounds__(Traits::kMaxThreads, 1)
     fast_hadamard(Geometry geometry, KernelOperands<Traits> operands, unsigned exchange_offset) {
   Tile<Traits> tile(geometry);
   const Peaks<Traits> peaks(geometry);
@@ -556,29 +601,28 @@ ROTEXPORT_KERNEL void __launch_bounds__(Traits::kMaxThreads)
   // A unit of several rounds does not fit the registers: it is transformed once for its peaks and once to be
   // stored.
   const bool twice = Traits::kQuantizes && geometry.rounds > 1;
-  const int64_t step = static_cast<int64_t>(device::grid_size()) * geometry.unit;
-  for (int64_t start = static_cast<int64_t>(device::block_index()) * geometry.unit; start < geometry.elements;
-       start += step) {
-    Place place;
-    place.unit_start = start;
-    place.unit_count = static_cast<int>(geometry.elements - start < geometry.unit ? geometry.elements - start
-                                                                                  : geometry.unit);
-    place.unit_row_start = static_cast<int>(start % geometry.row);
+  for (unsigned unit = device::block_index(); unit < geometry.units; unit += device::grid_size()) {
     if constexpr (Traits::kQuantizes) peaks.clear();
     for (int pass = 0; pass < (twice ? 2 * geometry.rounds : geometry.rounds); ++pass) {
       const int round = pass < geometry.rounds ? pass : pass - geometry.rounds;
-      const bool present = go_to_tile<Traits>(geometry, round, place);
-      if (present) tile.transform(place, operands);
-      if constexpr (Traits::kExchange > 1) tile.exchange(place, device::Shared<float>(exchange_offset));
-      if constexpr (Traits::kQuantizes) {
-        if (present && pass < geometry.rounds) peaks.gather(tile, place);
-        if (pass == geometry.rounds - 1) peaks.finish(place, operands.scale);
+      {
+        const Place place = place_of<Traits>(geometry, unit, round);
+        tile.transform(place, at_unit(operands, unit, geometry));
+        if constexpr (Traits::kExchange > 1) tile.exchange(place, device::Shared<float>(exchange_offset));
       }
-      if (!present || (twice && pass < geometry.rounds)) continue;
+      // Found again rather than kept: the transform needs every register.
+      const unsigned same_unit = device::opaque(unit);
+      const Place place = place_of<Traits>(geometry, same_unit, device::opaque(round));
+      const KernelOperands<Traits> here = at_unit(operands, same_unit, geometry);
+      if constexpr (Traits::kQuantizes) {
+        if (pass < geometry.rounds) peaks.gather(tile, place);
+        if (pass == geometry.rounds - 1) peaks.finish(place, here.scale);
+      }
+      if (twice && pass < geometry.rounds) continue;
       tile.for_each_run(place, [&](int offset, bool exists, const auto& values) {
-        float inverse = 0.0f;
-        if constexpr (Traits::kQuantizes) inverse = peaks.inverse_scale(offset, exists);
-        store_run<Traits, Tile<Traits>::kLongestRun>(operands, start + offset, exists, values, inverse);
+        float factor = geometry.scale;
+        if constexpr (Traits::kQuantizes) factor = peaks.factor(offset, exists);
+        store_run<Traits, Tile<Traits>::kLongestRun>(here, offset, exists, values, factor);
       });
     }
     if constexpr (Traits::kQuantizes) device::barrier();  // before the peaks are cleared for the next unit

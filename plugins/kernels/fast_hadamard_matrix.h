@@ -11,14 +11,13 @@ namespace fast_hadamard {
 ROTEXPORT_DEVICE int matrix_entry(const Geometry& geometry, const device::Global<const int8_t>& base, int row,
                                   int column) {
   if (row >= geometry.order || column >= geometry.order) return 0;
-  if (row / geometry.diagonal != column / geometry.diagonal) return 0;
-  const int sylvester = geometry.diagonal / geometry.base_order;
-  const int i = column % geometry.diagonal;
-  const int j = row % geometry.diagonal;
-  const int sign =
-      base.load<int8_t>(static_cast<int64_t>(i / sylvester) * geometry.base_order + j / sylvester);
-  const bool odd = device::population(static_cast<uint32_t>((i % sylvester) & (j % sylvester))) & 1;
-  return (sign < 0) != odd ? -1 : 1;
+  if ((row ^ column) & ~geometry.repeat_mask) return 0;
+  const int shift = geometry.log_sylvester;
+  const int i = column & geometry.repeat_mask;
+  const int j = row & geometry.repeat_mask;
+  const int sign = base.load<int8_t>((i >> shift) * geometry.base_order + (j >> shift));
+  const auto common = static_cast<uint32_t>(i & j & ((1 << shift) - 1));
+  return (sign < 0) != (device::population(common) % 2 == 1) ? -1 : 1;
 }
 
 }  // namespace fast_hadamard

@@ -9,8 +9,8 @@ namespace {
 
 constexpr int kTileRows = 16;
 constexpr int kTileColumns = 64;
-constexpr int kMaxWarps = 16;
 constexpr int kUsualWarps = 8;
+constexpr int64_t kLongestRow = int64_t{1} << 28;  // 32-bit offsets in bytes
 
 bool power_of_two(int64_t value) { return value > 0 && (value & (value - 1)) == 0; }
 int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
@@ -38,9 +38,13 @@ Status check(const Problem& problem) {
     return fail("the last axis has " + std::to_string(problem.row) + " elements, no multiple of the length " +
                 std::to_string(m * s));
   }
-  if (problem.row % 4 != 0 || problem.row > INT32_MAX / 2) {
+  if (problem.row % 4 != 0 || problem.row > kLongestRow) {
     return fail("the last axis has " + std::to_string(problem.row) +
-                " elements: the kernel needs a multiple of 4 below 2^30");
+                " elements: the kernel needs a multiple of 4 up to 2^28");
+  }
+  if (problem.rows > (int64_t{1} << 40) / problem.row) {
+    return fail(std::to_string(problem.rows) + " rows of " + std::to_string(problem.row) +
+                " elements are above 2^40");
   }
   if (problem.rows < 0) return fail("negative number of rows " + std::to_string(problem.rows));
   if (problem.output != Output::kSame && !(problem.clip > 0 && problem.clip <= 1)) {
@@ -61,7 +65,8 @@ void choose_shape(const Problem& problem, Geometry& geometry) {
     // Too short for a tile of its own: blocks are gathered along a diagonal. Alone for n = 1, nothing mixes
     // columns.
     geometry.order = 4;
-    geometry.diagonal = n;
+    geometry.repeat_mask = n - 1;
+    geometry.log_sylvester = log2_of(s);
     if (n == 1 && problem.row % kTileRows == 0) {
       geometry.order = kTileRows;
       while (columns < kTileColumns && problem.row % (2 * columns * kTileRows) == 0) columns *= 2;
@@ -69,7 +74,9 @@ void choose_shape(const Problem& problem, Geometry& geometry) {
     geometry.stages = 0;
   } else {
     const int from_sylvester = m < 12 ? std::min(kTileRows / m, s) : 1;
-    geometry.order = geometry.diagonal = m * from_sylvester;
+    geometry.order = m * from_sylvester;
+    geometry.repeat_mask = -1;
+    geometry.log_sylvester = log2_of(from_sylvester);
     columns = s / from_sylvester;
     geometry.stages = log2_of(columns);
   }
@@ -100,11 +107,13 @@ void choose_tiles(const Problem& problem, Plan& plan) {
     const int steps = std::max(1, kUsualWarps / g.row_groups);
     g.unit = quantizes ? g.row * std::max(1, steps * g.group_step / g.row) : steps * g.group_step;
     g.tiles = static_cast<int>(ceil_div(g.unit, g.group_step)) * g.row_groups;
-    warps = std::min(kMaxWarps, g.tiles);
+    warps = std::min(variant.column_tiles == 2 ? kMaxLongWarps : kMaxWarps, g.tiles);
     g.rounds = static_cast<int>(ceil_div(g.tiles, warps));
   }
+  g.units = static_cast<unsigned>(ceil_div(g.elements, g.unit));
+  g.tokens = quantizes ? g.unit / g.row : 0;
   plan.threads = 32 * warps;
-  plan.peak_bytes = quantizes ? static_cast<unsigned>(ceil_div(g.unit / g.row * 4, 16) * 16) : 0;
+  plan.peak_bytes = static_cast<unsigned>(ceil_div(g.tokens * 4, 16) * 16);
   const int exchanged_rows = variant.exchange > 1 ? kTileRows / 2 * row_tiles : 0;
   plan.shared_bytes = plan.peak_bytes + exchanged_rows * columns * static_cast<unsigned>(sizeof(float));
   // One bit per entry of the matrix, in words of four tiles side by side; narrow matrices are kept in
@@ -125,10 +134,10 @@ Status make_plan(const Problem& problem, Plan& plan) {
   plan.geometry.quantum = problem.clip / (problem.output == Output::kInt4 ? 7.0f : 127.0f);
   choose_shape(problem, plan.geometry);
   choose_tiles(problem, plan);
-  if (plan.threads > 32 * kMaxWarps) {
+  if (plan.threads > 32 * kMaxLongWarps) {
     return fail("length " + std::to_string(problem.base_order) + " * " +
-                std::to_string(problem.sylvester_order) + " needs more than " + std::to_string(kMaxWarps) +
-                " warps");
+                std::to_string(problem.sylvester_order) + " needs more than " +
+                std::to_string(kMaxLongWarps) + " warps");
   }
   return {};
 }

@@ -18,7 +18,7 @@ constexpr unsigned kThreads = 64;
 
 ROTEXPORT_KERNEL void copy(Global<const float> x, Global<float> y, int first, int count) {
   const int i = static_cast<int>(device::thread_index());
-  if (i < count) y.store(i, x.load<float>(first + i));
+  if (i < count) y.store(i, x.from(first).load<float>(i));
 }
 
 ROTEXPORT_KERNEL void shared_bounds(Global<float> y, unsigned index) {

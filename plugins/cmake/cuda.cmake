@@ -1,0 +1,37 @@
+# The library for a GPU, as machine code for every architecture asked for and PTX for those to come.
+if(NOT TARGET rotexport_tensorrt)
+  message(FATAL_ERROR "TensorRT's headers were not found: set TENSORRT_ROOT to the directory that holds them")
+endif()
+set(known "75;80;86;87;89;90;90a;100;100a;103;110;120;121")
+foreach(architecture ${ROTEXPORT_ARCHITECTURES})
+  string(REGEX REPLACE "-virtual$" "" number ${architecture})
+  if(NOT number IN_LIST known OR number EQUAL 75)
+    message(FATAL_ERROR "architecture '${architecture}': the kernels need one of 80 86 87 89 90 90a 100 100a 103 110 120 121, "
+                        "or one of them with -virtual for PTX")
+  endif()
+  if(architecture MATCHES "-virtual$")
+    list(APPEND generate "SHELL:-gencode arch=compute_${number},code=compute_${number}")
+  else()
+    list(APPEND generate "SHELL:-gencode arch=compute_${number},code=sm_${number}")
+  endif()
+endforeach()
+
+set(CMAKE_CUDA_ARCHITECTURES OFF)  # named by the options below, which every version of CMake understands
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+find_package(Python3 REQUIRED COMPONENTS Interpreter)
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+add_compile_options(-Wall -Wextra)
+add_compile_options($<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v>)
+# Keeps what the assembler says about each unit beside its object, and fails on spills (tools/resources.py).
+set(CMAKE_CUDA_COMPILER_LAUNCHER ${Python3_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/tools/resources.py)
+
+include(cmake/kernels.cmake)
+target_include_directories(rotexport_tensorrt SYSTEM INTERFACE ${CUDAToolkit_INCLUDE_DIRS})
+foreach(target ${ROTEXPORT_UNITS})
+  target_compile_options(${target} PRIVATE ${generate})
+endforeach()
+include(cmake/library.cmake)
+target_link_libraries(rotexport_plugins PRIVATE CUDA::cudart_static)
+target_link_libraries(rotexport_host PRIVATE CUDA::cudart_static)

@@ -1,0 +1,30 @@
+// The two symbols by which TensorRT finds the plugins of a library. Nothing here needs libnvinfer.
+
+#include "tensorrt/fast_hadamard_plugin.h"
+#include "tensorrt/report.h"
+
+namespace {
+
+using fast_hadamard::Output;
+using rotexport::Creator;
+using rotexport::FastHadamardPlugin;
+
+struct Creators {
+  Creator<FastHadamardPlugin<Output::kSame>> plain;
+  Creator<FastHadamardPlugin<Output::kInt8>> int8;
+  Creator<FastHadamardPlugin<Output::kInt4>> int4;
+  nvinfer1::IPluginCreatorInterface* all[3] = {&plain, &int8, &int4};
+};
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(
+    int32_t& count) {
+  static Creators creators;
+  count = static_cast<int32_t>(sizeof creators.all / sizeof creators.all[0]);
+  return creators.all;
+}
+
+extern "C" __attribute__((visibility("default"))) void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
+  rotexport::set_logger_finder(finder);
+}
