@@ -72,7 +72,7 @@ def linears(graph: gs.Graph) -> list[Linear]:
 
 
 def _following_attention(graph: gs.Graph) -> dict[int, int]:
-    """Return, for every node, the number of the first Attention that its outputs reach (or how many there are).
+    """Return, for every node, the number of the first Attention its outputs reach (or how many there are).
 
     Also where attention and MLP of a block run in parallel, both reach the attention of the next block first.
     """
