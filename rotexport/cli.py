@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ EXIT_INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status: 0, 1 after an error, 2 for wrong usage, 130 if interrupted."""
     options = parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         status: int = options.verb(options)
     except RotexportError as error:
@@ -200,6 +202,11 @@ def _stages(options: argparse.Namespace) -> Stages:
     if options.quiet:
         return Stages(Verbosity.QUIET)
     return Stages(Verbosity.VERBOSE if options.verbose else Verbosity.NORMAL)
+
+
+def _terminate(number: int, frame: object) -> None:
+    """Unwind as Ctrl-C does, so that nothing half-written is left behind."""
+    raise KeyboardInterrupt
 
 
 def _first_line() -> str:

@@ -173,6 +173,19 @@ def test_a_truncated_checkpoint_is_named(model: Path, tmp_path: Path, capsys) ->
     assert "model.safetensors" in error(capsys, "build", str(broken), "-o", str(tmp_path / "out"))
 
 
+def test_a_terminated_build_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rotexport", "build", str(model), "-o", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("export:"):
+            process.terminate()
+            break
+    assert "interrupted" in process.stderr.read()
+    assert process.wait() == 130
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_unwritable_output_is_refused(model: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "file").write_text("")
     assert "cannot write" in error(capsys, "build", str(model), "-o", str(tmp_path / "file" / "out"))

@@ -1,5 +1,7 @@
 """Saved graphs hold each tensor once, and scratch files go when nobody needs them."""
 
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import onnx
@@ -50,6 +52,15 @@ def test_four_bit_elements_are_packed_low_nibble_first(tmp_path) -> None:
 def test_an_unwritable_place_is_one_clear_error(tmp_path) -> None:
     with pytest.raises(OutputError, match=r"cannot write '.*missing/model\.data'"):
         WeightFile(tmp_path / "missing" / "model.data")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_one_clear_error(tmp_path) -> None:
+    (tmp_path / "model.data").symlink_to("/dev/full")
+    with pytest.raises(
+        OutputError, match=r"cannot write 4096 bytes to .*No space left on device; free space"
+    ):
+        WeightFile(tmp_path / "model.data").add(InMemory(np.ones(1024, np.float32)))
 
 
 def test_scratch_writes_what_changed_and_drops_what_is_no_longer_used(tmp_path) -> None:
