@@ -160,11 +160,10 @@ def _slab64(weight: Weight, axis: int, start: int, stop: int) -> Array:
 
 
 @dataclass(frozen=True)
-class Cast(Derived):
-    """The same numbers, rounded to another float type."""
+class OfOne(Derived):
+    """An expression over one weight; here what most of them keep."""
 
     weight: Weight
-    to: np.dtype[Any]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -172,11 +171,22 @@ class Cast(Derived):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return self.to
+        return self.weight.dtype
 
     @property
     def mixes(self) -> frozenset[int]:
         return self.weight.mixes
+
+
+@dataclass(frozen=True)
+class Cast(OfOne):
+    """The same numbers, rounded to another float type."""
+
+    to: np.dtype[Any]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.to
 
     def slab(self, axis: int, start: int, stop: int) -> Array:
         return self.weight.slab(axis, start, stop).astype(self.to)
@@ -186,10 +196,8 @@ class Cast(Derived):
 
 
 @dataclass(frozen=True)
-class Transposed(Derived):
+class Transposed(OfOne):
     """A matrix [M, N] as [N, M]."""
-
-    weight: Weight
 
     def __post_init__(self) -> None:
         if len(self.weight.shape) != 2:
@@ -198,10 +206,6 @@ class Transposed(Derived):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.weight.shape[::-1]
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.weight.dtype
 
     @property
     def mixes(self) -> frozenset[int]:
@@ -215,10 +219,9 @@ class Transposed(Derived):
 
 
 @dataclass(frozen=True)
-class Scaled(Derived):
+class Scaled(OfOne):
     """`weight` times the vector `by` along `axis`: diag(by) W for axis 0, W diag(by) for axis 1."""
 
-    weight: Weight
     by: Weight
     axis: int
 
@@ -227,18 +230,6 @@ class Scaled(Derived):
             raise GraphError(
                 f"a scale of shape {self.by.shape} does not fit axis {self.axis} of {self.weight.shape}"
             )
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.weight.dtype
-
-    @property
-    def mixes(self) -> frozenset[int]:
-        return self.weight.mixes
 
     def slab(self, axis: int, start: int, stop: int) -> Array:
         factor = whole(self.by)
@@ -254,24 +245,11 @@ class Scaled(Derived):
 
 
 @dataclass(frozen=True)
-class Affine(Derived):
+class Affine(OfOne):
     """`factor * weight + offset` with scalars: Gemma's 1 + gamma, attention scales folded into a matrix."""
 
-    weight: Weight
     factor: float = 1.0
     offset: float = 0.0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.weight.dtype
-
-    @property
-    def mixes(self) -> frozenset[int]:
-        return self.weight.mixes
 
     def slab(self, axis: int, start: int, stop: int) -> Array:
         return _slab64(self.weight, axis, start, stop) * self.factor + self.offset
@@ -281,14 +259,13 @@ class Affine(Derived):
 
 
 @dataclass(frozen=True)
-class Folded(Derived):
+class Folded(OfOne):
     """`weight` with every row vector along `axis` multiplied by a transform: v -> v T.
 
     A producer's matrix takes `axis=1` (W T); a consumer's takes T^-T along `axis=0` (T^-1 W), which is T
     itself when T is orthogonal.
     """
 
-    weight: Weight
     transform: Transform
     axis: int
 
@@ -298,14 +275,6 @@ class Folded(Derived):
                 f"a transform of size {self.transform.size} does not fit "
                 f"axis {self.axis} of {self.weight.shape}"
             )
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.weight.dtype
 
     @property
     def mixes(self) -> frozenset[int]:
@@ -326,19 +295,10 @@ class Folded(Derived):
 
 
 @dataclass(frozen=True)
-class Centered(Derived):
+class Centered(OfOne):
     """`weight` minus its mean along `axis`: a LayerNorm's mean subtraction, pushed into a producer."""
 
-    weight: Weight
     axis: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.weight.dtype
 
     @property
     def mixes(self) -> frozenset[int]:
