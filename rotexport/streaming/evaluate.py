@@ -113,6 +113,9 @@ def without_sinks(path: Path) -> Iterator[Path]:
             for attribute in node.attribute:
                 if attribute.name == "sinks":
                     attribute.i = 0
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name.rpartition(".")[2] in ("sink_key", "sink_value"):
+            value.type.tensor_type.shape.dim[2].dim_value = 1  # max(sinks, 1) slots
     copy = path.with_name(f"{path.stem}.window-only.onnx")
     copy.write_bytes(model.SerializeToString())
     try:
