@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
-sys.path.insert(0, str(Path(__file__).parent))  # the helpers beside the tests
+for helpers in (Path(__file__).parent, PLUGINS / "host", PLUGINS / "tools"):
+    sys.path.insert(0, str(helpers))
 
 
 @pytest.fixture(scope="session")
