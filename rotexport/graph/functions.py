@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
 from typing import Final
@@ -41,12 +42,18 @@ def load_function(name: str) -> onnx.FunctionProto:
 
 
 def functions_used(graph: gs.Graph) -> list[onnx.FunctionProto]:
-    """Return the bodies of the custom operators in a graph and of those they call, each once, by name."""
+    """Return the bodies of the custom operators in a graph, each once, behind those that it calls.
+
+    The ONNX reference evaluator wants callees first.
+    """
     bodies: dict[str, onnx.FunctionProto] = {}
-    waiting = [node.op for node in graph.nodes if node.domain == DOMAIN]
-    while waiting:
-        name = waiting.pop()
-        if name not in bodies:
-            bodies[name] = load_function(name)
-            waiting += [node.op_type for node in bodies[name].node if node.domain == DOMAIN]
-    return [bodies[name] for name in sorted(bodies)]
+
+    def add(names: Iterable[str]) -> None:
+        for name in sorted(set(names)):
+            if name not in bodies:
+                body = load_function(name)
+                add(node.op_type for node in body.node if node.domain == DOMAIN)
+                bodies[name] = body
+
+    add(node.op for node in graph.nodes if node.domain == DOMAIN)
+    return list(bodies.values())

@@ -5,8 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.streams import Caller, Shape, expected_cache, random_stream, run_stream
+from onnx.reference import ReferenceEvaluator
+from support.streams import Caller, Shape, expected_cache, operator_graph, random_stream, run_stream
 
+from rotexport.graph.io import to_proto
 from rotexport.streaming.oracle import Definition, visible
 
 TOLERANCE = 1e-5  # of the largest output: float32 against float64
@@ -127,3 +129,14 @@ def test_garbage_beyond_a_rows_tokens_changes_nothing(calls: list[int]) -> None:
     together = [caller.call([stream, stream], [size, 0], size + 3, rng)[0, :, :size] for size in calls]
     assert_close(np.concatenate(together, axis=1), alone)
     assert not any(content[1].any() for content in caller.cache.values()), "a row without tokens stays zeroed"
+
+
+def test_the_reference_evaluator_runs_the_bodies_too() -> None:
+    shape = Shape(Definition(sinks=2, window=5, scale=0.3, bits=4, group=4, recent=2), kv_heads=2, repeat=2)
+    stream = random_stream(shape, 9, np.random.default_rng(0))
+    feeds = {name: getattr(stream, name)[None] for name in ("query", "query_sink", "key", "value")}
+    feeds |= {name: np.zeros((1, *t.shape), t.dtype) for name, t in shape.cache.tensors().items()}
+    feeds |= {"past_length": np.zeros(1, np.int32), "new_length": np.full(1, 9, np.int32)}
+    feeds |= {"positions": np.arange(9)[None], "decay": np.zeros(4, np.float32), "key_mean": shape.key_mean}
+    output = ReferenceEvaluator(to_proto(operator_graph(shape))).run(None, feeds)[0]
+    assert_close(output[0], stream.expected(shape, feeds["decay"]))
