@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
 from rotexport.errors import RecipeError
 from rotexport.quant.scheme import Group, group_size
@@ -132,3 +133,9 @@ class LayerCache:
     def nbytes(self) -> int:
         """Bytes per row of the batch."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
+
+
+def graph_cache_bytes(graph: gs.Graph) -> int:
+    """Return the bytes per row of all caches of a streaming graph: what a session allocates."""
+    ports = [tensor for tensor in graph.inputs if tensor.name.startswith("cache.")]
+    return sum(CacheTensor(np.dtype(port.dtype), tuple(port.shape[1:])).nbytes for port in ports)

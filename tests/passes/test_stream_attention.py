@@ -92,7 +92,9 @@ def streaming_llm(monkeypatch: pytest.MonkeyPatch) -> Callable[[PreTrainedModel,
         ) -> tuple[torch.Tensor, None]:
             positions = torch.arange(query.shape[2])
             within = at(seen["query"], positions.clamp(max=SINKS + WINDOW - 1))
-            mixed = attend(definition, Row(query[0], within[0], key[0], value[0]), torch.zeros(query.shape[1]))
+            mixed = attend(
+                definition, Row(query[0], within[0], key[0], value[0]), torch.zeros(query.shape[1])
+            )
             return mixed.float()[None].transpose(1, 2), None
 
         AttentionInterface.register("definition", attention)

@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.builds import streaming_build
+from support.builds import streaming_build, streaming_graph
 from support.tiny import tiny_model
 from transformers import PreTrainedModel
 
 from rotexport.errors import TargetError, ValidationError
 from rotexport.passes.lasting_positions import LAST_POSITION
+from rotexport.streaming.cache import graph_cache_bytes
 from rotexport.streaming.sampling import Sampling
 from rotexport.streaming.session import Session
 
@@ -84,10 +85,11 @@ def test_a_cache_of_another_model_is_refused(session: Session, tmp_path: Path) -
         session.restore(tmp_path / "text.npz")
 
 
-def test_the_cache_is_as_large_as_said_and_does_not_grow(session: Session) -> None:
+def test_the_cache_is_as_large_as_said_and_does_not_grow(session: Session, tiny: PreTrainedModel) -> None:
     before = session.cache_bytes
     heads, size, layers = 2, 8, 2
     assert before == layers * heads * size * (2 + 12) * 2 * 4
+    assert before == graph_cache_bytes(streaming_graph(tiny))
     session.prefill(TOKENS)
     assert sum(value.numpy().nbytes for value in session._current.values()) == before
 
