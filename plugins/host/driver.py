@@ -64,7 +64,7 @@ class _Request(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Request:
-    """A plugin's name, creation fields and inputs; `largest` gives each input's largest shape in the profile."""
+    """A plugin's name, creation fields and inputs; `largest` holds the inputs' largest shapes."""
 
     plugin: str
     inputs: list[np.ndarray]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
-for helpers in (Path(__file__).parent, PLUGINS / "host", PLUGINS / "tools"):
+for helpers in (Path(__file__).parent, PLUGINS / "bench", PLUGINS / "host", PLUGINS / "tools"):
     sys.path.insert(0, str(helpers))
 
 
@@ -22,7 +23,10 @@ def emulated() -> Path:
     headers = os.environ.get("TENSORRT_ROOT") or str(PLUGINS / "build" / "tensorrt")
     if Path(headers).is_dir():
         configure.append(f"-DTENSORRT_ROOT={headers}")
-    for command in (configure, ["cmake", "--build", str(build)]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    build.mkdir(parents=True, exist_ok=True)
+    with (build / "lock").open("w") as lock:  # workers that run tests side by side share the directory
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (configure, ["cmake", "--build", str(build)]):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return build

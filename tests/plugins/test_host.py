@@ -12,7 +12,6 @@ from driver import Host, HostError, Request
 from fast_hadamard_cases import LARGEST_CODE, Case, sylvester, unpack_nibbles
 from symbols import assert_loadable_without_tensorrt
 
-
 FLOAT, HALF, INT8, BFLOAT16 = 0, 1, 2, 7
 CASE = Case(12, 16, rows=6, blocks=2)
 CLIP = [("clip", np.float32([0.9]))]
