@@ -23,9 +23,9 @@ from rotexport.progress import Stages, Verbosity
 from rotexport.quant.calibrate import InputStatistics
 from rotexport.quant.plan import SitePlan, massive_sites_dynamic
 from rotexport.recipe import Recipe, load_recipe
-from rotexport.record import Findings, make_report, summarize_components, write_manifest
 from rotexport.reference import reference_model
 from rotexport.report import BuildReport, write_report
+from rotexport.report.record import Findings, make_report, summarize_components, write_manifest
 from rotexport.targets.builder import EngineRequest, build_engines
 from rotexport.targets.capabilities import check
 from rotexport.targets.profiles import Profiles

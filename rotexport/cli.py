@@ -40,7 +40,7 @@ def build_command(options: argparse.Namespace) -> int:
     """Compile a model."""
     from rotexport.build import BuildOptions, build, prepare
     from rotexport.recipe import load_recipe
-    from rotexport.record import plan_text, summary
+    from rotexport.report.record import plan_text, summary
     from rotexport.targets.profiles import Profiles
 
     recipe = load_recipe(options.recipe, options.set)

@@ -20,10 +20,11 @@ from rotexport.observe import observe_inputs, outliers
 from rotexport.pipeline import Pipeline, rotation_passes
 from rotexport.progress import Stages
 from rotexport.recipe import load_recipe
-from rotexport.record import summarize_components, summarize_outliers, summarize_placements
-from rotexport.report import ComponentSummary, SiteOutliers, TransformSummary, read_report
+from rotexport.report import read_report
+from rotexport.report.data import ComponentSummary, SiteOutliers, TransformSummary
+from rotexport.report.record import summarize_components, summarize_outliers, summarize_placements
+from rotexport.report.serialize import to_plain
 from rotexport.revalidate import is_build
-from rotexport.serialize import to_plain
 from rotexport.texts import SAMPLE_LENGTH, Samples, random_windows
 
 

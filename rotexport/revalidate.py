@@ -17,11 +17,11 @@ from rotexport.passes.base import Where
 from rotexport.passes.center_layernorms import CenterLayerNorms
 from rotexport.progress import Stages
 from rotexport.recipe import Recipe, parse_recipe
-from rotexport.record import read_manifest
 from rotexport.reference import reference_model
 from rotexport.report import read_report
+from rotexport.report.record import read_manifest
+from rotexport.report.serialize import to_plain
 from rotexport.runtime import OnnxModel
-from rotexport.serialize import to_plain
 from rotexport.texts import Samples, read_text, token_windows
 from rotexport.validate import Proof, StreamView, observe_reference, prove
 

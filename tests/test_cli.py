@@ -94,7 +94,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(model: Path, tmp_p
         == 0
     )
     out = capsys.readouterr().out
-    assert "2 x down     weights int4, groups of 64; activations int8 dynamic, groups of 64" in out
+    assert "2 x down     weights int4, groups of 32; activations int8 dynamic, groups of 64" in out
     assert "1 x head     weights none; activations none" in out
     assert list(tmp_path.iterdir()) == []
 

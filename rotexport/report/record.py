@@ -26,7 +26,7 @@ from rotexport.passes.base import Placement
 from rotexport.pipeline import Pipeline
 from rotexport.quant.plan import SitePlan
 from rotexport.recipe import Recipe
-from rotexport.report import (
+from rotexport.report.data import (
     BuildReport,
     ComponentSummary,
     EngineSummary,

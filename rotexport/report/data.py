@@ -1,16 +1,11 @@
-"""The report of a build: what it holds, as data (`report.json`) and as a page (`report.html`)."""
+"""What the report of a build holds, as plain data."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from rotexport.errors import OutputError
 from rotexport.metrics import Comparison
 from rotexport.progress import StageRecord
-from rotexport.report_page import render
-from rotexport.serialize import from_plain, to_plain
 from rotexport.validate import Proof
 
 
@@ -128,41 +123,3 @@ class BuildReport:
     proof: Proof | None = None
     engines: tuple[EngineSummary, ...] = ()
     notes: tuple[str, ...] = ()
-
-
-def write_report(report: BuildReport, directory: Path) -> None:
-    """Write `report.json` and `report.html` into a build's directory.
-
-    Raises:
-        OutputError: the directory cannot be written.
-
-    """
-    text = json.dumps(to_plain(report), indent=1, allow_nan=False)
-    for name, content in (("report.json", text + "\n"), ("report.html", render(report))):
-        path = directory / name
-        temporary = path.with_suffix(path.suffix + ".partial")
-        try:
-            temporary.write_text(content, encoding="utf-8")
-            temporary.rename(path)
-        except OSError as error:
-            raise OutputError(f"cannot write '{path}': {error.strerror}") from error
-
-
-def read_report(directory: Path) -> BuildReport:
-    """Read what `write_report` wrote.
-
-    Raises:
-        OutputError: there is no report, or it is not one of this version.
-
-    """
-    path = directory / "report.json"
-    try:
-        return from_plain(BuildReport, json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise OutputError(
-            f"cannot read '{path}': {error.strerror}; is this the directory of a build?"
-        ) from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise OutputError(
-            f"'{path}' is not a report of this version of rotexport ({error}); build again"
-        ) from error

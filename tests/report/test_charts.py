@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rotexport.charts import BOTTOM, LEFT, RIGHT, TOP, Axes, Bar, Series, bar_chart, legend, line_chart
+from rotexport.report.charts import BOTTOM, LEFT, RIGHT, TOP, Axes, Bar, Series, bar_chart, legend, line_chart
 
 WIDTH, HEIGHT = 400, 200
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from rotexport import markup
 from rotexport.metrics import EQUAL_DB
+from rotexport.report import markup
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from enum import Enum
 
 import pytest
 
-from rotexport.serialize import from_plain, to_plain
+from rotexport.report.serialize import from_plain, to_plain
 
 
 class Colour(Enum):

@@ -11,7 +11,8 @@ from rotexport.errors import OutputError
 from rotexport.evaluate import Evaluation
 from rotexport.metrics import Comparison, Thresholds
 from rotexport.progress import StageRecord
-from rotexport.report import (
+from rotexport.report import read_report, write_report
+from rotexport.report.data import (
     BuildReport,
     ComponentSummary,
     EngineSummary,
@@ -20,10 +21,8 @@ from rotexport.report import (
     PassSummary,
     SiteOutliers,
     TransformSummary,
-    read_report,
-    write_report,
 )
-from rotexport.report_page import render
+from rotexport.report.page import render
 from rotexport.validate import BlockError, Proof
 
 MODEL = ModelSummary("Tiny <1M>", "tiny.gguf", "llama", 134_515_008, 3, 64, 49152)

@@ -6,15 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
-from rotexport.charts import Axes, Bar, Series, bar_chart, legend, line_chart
-from rotexport.markup import decibels, duration, figure, size, some, table
 from rotexport.metrics import Comparison
+from rotexport.report.charts import Axes, Bar, Series, bar_chart, legend, line_chart
+from rotexport.report.data import BuildReport, KernelCount, PassSummary, SiteOutliers, TransformSummary
+from rotexport.report.markup import decibels, duration, figure, size, some, table
 from rotexport.validate import DIVERGED_DB, Proof
-
-if TYPE_CHECKING:
-    from rotexport.report import BuildReport, KernelCount, PassSummary, SiteOutliers, TransformSummary
 
 ROTATIONS = {
     "r1": "R1, the residual stream",

@@ -6,36 +6,33 @@ from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from importlib import resources
-from typing import TYPE_CHECKING
 
-from rotexport import report_sections
-from rotexport.markup import count, duration, figure, parameters, size
+from rotexport.report import sections
+from rotexport.report.data import BuildReport, TransformSummary
+from rotexport.report.markup import count, duration, figure, parameters, size
 from rotexport.validate import Proof
-
-if TYPE_CHECKING:
-    from rotexport.report import BuildReport, TransformSummary
 
 
 def render(report: BuildReport) -> str:
     """Return the page."""
-    sections = (
+    parts = (
         _head(report),
         _tiles(report),
         _in_short(report),
-        report_sections.fidelity(report),
-        report_sections.outliers(report.outliers),
-        report_sections.rotations(report),
-        report_sections.passes(report),
-        report_sections.engines(report),
-        report_sections.cost(report),
-        report_sections.reproduce(report),
+        sections.fidelity(report),
+        sections.outliers(report.outliers),
+        sections.rotations(report),
+        sections.passes(report),
+        sections.engines(report),
+        sections.cost(report),
+        sections.reproduce(report),
     )
-    style = (resources.files("rotexport") / "report.css").read_text(encoding="utf-8")
+    style = (resources.files("rotexport.report") / "report.css").read_text(encoding="utf-8")
     title = escape(f"{report.model.name}, {report.recipe}")
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>\n{style}</style>\n</head>\n<body>\n{''.join(sections)}</body>\n</html>\n"
+        f"<style>\n{style}</style>\n</head>\n<body>\n{''.join(parts)}</body>\n</html>\n"
     )
 
 
