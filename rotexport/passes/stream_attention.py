@@ -68,15 +68,24 @@ class StreamAttention(Pass):
         caches = [self._cache(layer, windows[id(layer.mask)]) for layer in layers]
         cached_tensors = [cache.tensors() for cache in caches]  # refuses before anything changes
         stream = _Stream(graph)
+        slopes: dict[tuple[int, bool], gs.Constant] = {}
         report = PassReport(len(layers))
         for layer, cache, tensors in zip(layers, caches, cached_tensors, strict=True):
+            slides = windows[id(layer.mask)] is not None
+            decay = self._decay(layer.query.shape[1], slides, slopes)
             limit = cache.sinks + cache.window - 1
             query_sink = stream.query_at(layer.query, limit) if cache.sinks else layer.query
             ports = {
                 name: gs.Variable(f"cache.{layer.number}.{name}", tensor.dtype, ["batch", *tensor.shape])
                 for name, tensor in tensors.items()
             }
-            self._swap(graph, layer, cache, [stream.positions, layer.query, query_sink], ports)
+            lengths = [graph.tensors()[name] for name in ("past_length", "new_length")]
+            fresh = [stream.positions, layer.query, query_sink, layer.key, layer.value, *lengths, decay]
+            if cache.recent:
+                fresh.append(
+                    constant(f"attention.{layer.number}.key_mean", InMemory(self._mean(layer, cache)))
+                )
+            self._swap(graph, layer, cache, fresh, ports)
         choose_logits(graph)
         stream.close()
         report.notes = _describe(caches)
@@ -98,28 +107,22 @@ class StreamAttention(Pass):
             raise GraphError(f"kv_cache.center: layer {layer.number} has no calibrated mean of its keys")
         return self.key_means[layer.number].reshape(shape).astype(cache.dtype)
 
+    def _decay(self, heads: int, slides: bool, known: dict[tuple[int, bool], gs.Constant]) -> gs.Constant:
+        """Return the slopes [Hq], one constant for layers alike; layers that slide in the model do not decay."""
+        if (heads, slides) not in known:
+            slope = 0.0 if slides else self.scheme.decay
+            slopes = InMemory(np.full(heads, slope, np.float32))
+            known[heads, slides] = constant(f"attention.decay.{len(known)}", slopes)
+        return known[heads, slides]
+
     def _swap(
         self,
         graph: gs.Graph,
         layer: _Layer,
         cache: LayerCache,
-        queries: list[gs.Variable],
+        fresh: list[gs.Variable],
         ports: dict[str, gs.Variable],
     ) -> None:
-        heads = layer.query.shape[1]
-        decay = np.full(heads, self.scheme.decay, np.float32)
-        mean = self._mean(layer, cache)
-        tensors = graph.tensors()
-        inputs = [
-            *queries,
-            layer.key,
-            layer.value,
-            tensors["past_length"],
-            tensors["new_length"],
-            constant(f"attention.{layer.number}.decay", InMemory(decay)),
-            *([constant(f"attention.{layer.number}.key_mean", InMemory(mean))] if cache.recent else []),
-            *ports.values(),
-        ]
         presents = [
             gs.Variable(f"present.{layer.number}.{name}", port.dtype, port.shape)
             for name, port in ports.items()
@@ -128,7 +131,7 @@ class StreamAttention(Pass):
             "sinks": cache.sinks,
             "window": cache.window,
             **({"recent": cache.recent} if cache.recent else {}),
-            "query_heads": heads,
+            "query_heads": layer.query.shape[1],
             "kv_heads": cache.kv_heads,
             "head_size": cache.head_size,
             "value_size": cache.value_size,
@@ -143,7 +146,7 @@ class StreamAttention(Pass):
             cache.format.operator,
             f"attention.{layer.number}",
             attributes,
-            inputs,
+            [*fresh, *ports.values()],
             [mixed, *presents],
             domain="rotexport",
         )
