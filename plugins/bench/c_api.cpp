@@ -1,5 +1,5 @@
-// The kernels for callers in other languages, on raw device pointers. Every function returns 0, or 1 with the reason
-// in `message`.
+// The kernels for callers in other languages, on raw device pointers. Every function returns 0, or 1 with the
+// reason in `message`.
 
 #include <cstdio>
 
@@ -7,8 +7,8 @@
 
 #define BENCH_API extern "C" __attribute__((visibility("default")))
 
-BENCH_API int fast_hadamard_plan(const fast_hadamard::Problem* problem, size_t* workspace_bytes, char* message,
-                                 size_t capacity) {
+BENCH_API int fast_hadamard_plan(const fast_hadamard::Problem* problem, size_t* workspace_bytes,
+                                 char* message, size_t capacity) {
   fast_hadamard::Plan plan;
   const Status planned = make_plan(*problem, plan);
   if (!planned) std::snprintf(message, capacity, "%s", planned.message);
@@ -16,8 +16,9 @@ BENCH_API int fast_hadamard_plan(const fast_hadamard::Problem* problem, size_t* 
   return planned ? 0 : 1;
 }
 
-BENCH_API int fast_hadamard_run(const fast_hadamard::Problem* problem, const fast_hadamard::Operands* operands,
-                                void* stream, char* message, size_t capacity) {
+BENCH_API int fast_hadamard_run(const fast_hadamard::Problem* problem,
+                                const fast_hadamard::Operands* operands, void* stream, char* message,
+                                size_t capacity) {
   fast_hadamard::Plan plan;
   Status status = make_plan(*problem, plan);
   if (status) status = run(plan, *operands, stream);

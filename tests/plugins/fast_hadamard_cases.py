@@ -77,10 +77,10 @@ def unpack_nibbles(packed: np.ndarray) -> np.ndarray:
     return np.where(pairs > 7, pairs - 16, pairs).astype(np.int8)
 
 
-def run_body(
+def model_of(
     operator: str, case: Case, x: np.ndarray, signs: np.ndarray, clip: float = 1.0
-) -> list[np.ndarray]:
-    """Run the operator's ONNX body in ONNX Runtime."""
+) -> onnx.ModelProto:
+    """Return a model of one node with the operator's body, for x and signs of these shapes and types."""
     high = 2 ** (case.power.bit_length() // 2)
     constants = {"base": case.matrix(), "hi": sylvester(high), "lo": sylvester(case.power // high)}
     outputs = ["y"] if operator == "FastHadamard" else ["y", "scale"]
@@ -95,6 +95,8 @@ def run_body(
         **attributes,
     )
     kind = onnx.helper.np_dtype_to_tensor_dtype(x.dtype)
+    code_kind = kind if operator == "FastHadamard" else onnx.TensorProto.INT8
+    kinds = {"y": code_kind, "scale": onnx.TensorProto.FLOAT}
     graph = onnx.helper.make_graph(
         [node],
         "one",
@@ -102,12 +104,19 @@ def run_body(
             onnx.helper.make_tensor_value_info("x", kind, x.shape),
             onnx.helper.make_tensor_value_info("signs", kind, signs.shape),
         ],
-        [onnx.helper.make_empty_tensor_value_info(name) for name in outputs],
+        [onnx.helper.make_tensor_value_info(name, kinds[name], None) for name in outputs],
         [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
     opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("rotexport", 1)]
-    model = onnx.helper.make_model(
+    return onnx.helper.make_model(
         graph, opset_imports=opsets, ir_version=11, functions=[load_function(operator)]
     )
+
+
+def run_body(
+    operator: str, case: Case, x: np.ndarray, signs: np.ndarray, clip: float = 1.0
+) -> list[np.ndarray]:
+    """Run the operator's ONNX body in ONNX Runtime."""
+    model = model_of(operator, case, x, signs, clip)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, {"x": x, "signs": signs})

@@ -5,10 +5,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import resources
+from fast_hadamard_cases import Case, model_of
 from symbols import assert_loadable_without_tensorrt
 
 from rotexport.errors import TargetError
@@ -110,6 +115,39 @@ def test_tensorrts_registry_lists_the_creators(library: Path) -> None:
         ("FastHadamardInt8", "1", "rotexport", ("clip",)),
     ]
     assert check_library(library) == listed
+
+
+PARSE = """
+import sys
+import tensorrt_rtx as trt
+
+logger = trt.Logger(trt.Logger.ERROR)
+if len(sys.argv) > 2:
+    trt.get_plugin_registry().load_library(sys.argv[2])
+network = trt.Builder(logger).create_network(0)
+parser = trt.OnnxParser(network, logger)
+parsed = parser.parse_from_file(sys.argv[1])
+print("parsed" if parsed else "refused", network.num_layers, flush=True)
+"""
+
+
+def parse_in_tensorrt(*arguments: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", PARSE, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_node_selects_its_body_or_its_plugin(library: Path, tmp_path: Path) -> None:
+    """Without the library TensorRT-RTX inlines the body. With it the plugin is chosen, which it cannot hold: it ends
+    the process."""
+    pytest.importorskip("tensorrt_rtx")
+    case = Case(12, 8, rows=4)
+    model = tmp_path / "one.onnx"
+    onnx.save(model_of("FastHadamardInt8", case, *case.inputs(np.dtype(np.float16)), clip=0.9), model)
+    body = parse_in_tensorrt(model)
+    assert body.stdout.startswith("parsed"), body.stderr
+    assert int(body.stdout.split()[1]) > 10
+    plugin = parse_in_tensorrt(model, library)
+    assert plugin.returncode != 0 and "parsed" not in plugin.stdout
 
 
 def test_what_is_no_plugin_library_is_refused(tmp_path: Path) -> None:
