@@ -2,7 +2,9 @@
 
 A few channels of a key hold nearly the same large value for all tokens; taken out, what is left needs fewer
 levels. The mean is over rotated keys, as they are cached: channels that turn fast with position average to
-nothing and are left alone, those that turn slowly keep most of their mean near the positions calibrated on.
+nothing and are left alone, those that turn slowly keep their mean near the positions calibrated on and lose
+it beyond. (SmolLM2-135M, int2 in groups of 16, 128 recent tokens, calibrated on 768 positions: 4.5 % more
+perplexity than the float cache over the first thousand tokens, 17 % over the fourth.)
 """
 
 from __future__ import annotations
