@@ -108,7 +108,7 @@ class StreamAttention(Pass):
         return self.key_means[layer.number].reshape(shape).astype(cache.dtype)
 
     def _decay(self, heads: int, slides: bool, known: dict[tuple[int, bool], gs.Constant]) -> gs.Constant:
-        """Return the slopes [Hq], one constant for layers alike; layers that slide in the model do not decay."""
+        """Return slopes [Hq], one constant for layers alike; layers that slide in the model do not decay."""
         if (heads, slides) not in known:
             slope = 0.0 if slides else self.scheme.decay
             slopes = InMemory(np.full(heads, slope, np.float32))
