@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from rotexport.checkpoint import Checkpoint, open_checkpoint
 from rotexport.doctor import require
-from rotexport.errors import ValidationError
+from rotexport.errors import TargetError, ValidationError
 from rotexport.export import export
 from rotexport.graph.basis import analyse
 from rotexport.graph.io import Scratch, WeightFile, save_model
@@ -38,13 +38,15 @@ class BuildOptions:
     """What a build does besides numbers.
 
     `gpus` are compute capabilities (`sm89`); `calibration` is a text file, by default Python's own prose;
-    `profiles` bounds the calls that engines accept.
+    `profiles` bounds the calls that engines accept; `plugins` is our library of CUDA kernels, for the target
+    `tensorrt` alone, which must be loaded before its engines are.
     """
 
     target: str = "onnx"
     gpus: tuple[str, ...] = ()
     calibration: Path | None = None
     profiles: Profiles = field(default_factory=Profiles)
+    plugins: Path | None = None
     validate: bool = True
     force: bool = False
     trust_remote_code: bool = False
@@ -103,6 +105,8 @@ def prepare(
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     gpus = check(options.target, options.gpus, recipe)
     require(options.target, gpus)
+    if options.plugins is not None and options.target != "tensorrt":
+        raise TargetError(f"target {options.target} runs no plugins; leave out --plugins {options.plugins}")
     with stages("open"):
         checkpoint = open_checkpoint(model, trust_remote_code=options.trust_remote_code)
         samples = Samples.of(checkpoint, options.calibration)
@@ -156,11 +160,18 @@ def _compile(prepared: Prepared, options: BuildOptions, folder: Path, stages: St
 
     if prepared.gpus:
         with stages("engines") as stage:
-            kernels = expected_kernels(plan, recipe.dtype)
-            request = EngineRequest(folder / MODEL, options.target, prepared.gpus, options.profiles, kernels)
+            request = EngineRequest(
+                folder / MODEL,
+                options.target,
+                prepared.gpus,
+                options.profiles,
+                expected_kernels(plan, recipe.dtype),
+                options.plugins,
+            )
             found.engines = build_engines(request, folder / "engines", stage.detail)
 
     found.plan = plan
+    found.plugins = options.plugins
     report = make_report(found, prepared.checkpoint, graph, pipeline, folder)
     report = replace(report, stages=tuple(stages.records))
     write_manifest(report, graph, folder)

@@ -51,6 +51,7 @@ def build_command(options: argparse.Namespace) -> int:
         gpus=tuple(name for part in options.gpu for name in part.split(",") if name),
         calibration=options.calibration,
         profiles=Profiles(options.max_batch, options.max_length),
+        plugins=options.plugins,
         validate=not options.no_validate,
         force=options.force,
         trust_remote_code=options.trust_remote_code,
@@ -116,6 +117,23 @@ def doctor_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def plugins_command(options: argparse.Namespace) -> int:
+    """Build, list or test the plugin library."""
+    from rotexport import plugins
+
+    if options.action == "build":
+        names = tuple(name for part in options.arch for name in part.split(",") if name)
+        built = plugins.build_library(names or plugins.ALL_ARCHITECTURES, tensorrt_root=options.tensorrt_root)
+        worst = max(resource.registers for resource in built.resources)
+        print(f"{built.library}: {len(built.resources)} kernels, at most {worst} registers, no spills")
+        return 0
+    library = options.library or plugins.built_library()
+    creators = plugins.list_creators(library) if options.action == "list" else plugins.test_library(library)
+    for creator in creators:
+        print(f"{creator.namespace}::{creator.name} {creator.version} ({', '.join(creator.fields)})")
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all verbs."""
     top = argparse.ArgumentParser(prog="rotexport", description=_first_line())
@@ -130,6 +148,7 @@ def parser() -> argparse.ArgumentParser:
     recipes.set_defaults(verb=recipes_command)
     doctor = verbs.add_parser("doctor", help="show versions, GPUs, and which targets work here")
     doctor.set_defaults(verb=doctor_command)
+    _add_plugins(verbs)
     return top
 
 
@@ -147,6 +166,9 @@ def _add_build(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     command.add_argument("--max-batch", type=int, default=1, metavar="N", help="largest batch of an engine")
     command.add_argument(
         "--max-length", type=int, default=2048, metavar="N", help="largest number of tokens, cached and new"
+    )
+    command.add_argument(
+        "--plugins", type=Path, metavar="LIBRARY", help="our CUDA kernels, for target tensorrt"
     )
     command.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="float type of activations")
     command.add_argument("--no-validate", action="store_true", help="skip every check against PyTorch")
@@ -191,6 +213,19 @@ def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     command.add_argument("--json", action="store_true", help="print JSON")
     _add_verbosity(command)
     command.set_defaults(verb=inspect_command)
+
+
+def _add_plugins(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = verbs.add_parser("plugins", help="build, list or test the CUDA plugins for TensorRT")
+    command.add_argument("action", choices=("build", "list", "test"))
+    command.add_argument(
+        "--arch", action="append", default=[], metavar="SM,…", help="for example sm_90a; all by default"
+    )
+    command.add_argument(
+        "--tensorrt-root", type=Path, metavar="DIR", help="TensorRT's headers; default $TENSORRT_ROOT"
+    )
+    command.add_argument("--library", type=Path, help="what to list or test; by default what `build` left")
+    command.set_defaults(verb=plugins_command)
 
 
 def _add_verbosity(command: argparse.ArgumentParser) -> None:

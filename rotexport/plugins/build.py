@@ -85,6 +85,19 @@ def build_library(
     return BuildReport(library, _read_resources(build))
 
 
+def built_library() -> Path:
+    """Return the library that `build_library` left where it builds by default.
+
+    Raises:
+        TargetError: there is none.
+
+    """
+    found = sorted((SOURCES / "build" / "cuda").glob("librotexport_plugins_trt*.so"))
+    if not found:
+        raise TargetError("no plugin library has been built here: run `rotexport plugins build`, or name one")
+    return found[-1]
+
+
 def _cmake_architecture(name: str) -> str:
     match = re.fullmatch(r"(sm|compute)_(\d+a?)", name)
     if match is None or match[2] not in _KNOWN:

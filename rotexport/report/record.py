@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 from collections import Counter
@@ -57,6 +58,7 @@ class Findings:
     plan: list[SitePlan] = field(default_factory=list)
     proof: Proof | None = None
     engines: list[EngineReport] = field(default_factory=list)
+    plugins: Path | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -122,7 +124,7 @@ def make_report(
         command=_command(findings),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=versions(),
-        inputs=checkpoint.fingerprint(),
+        inputs=checkpoint.fingerprint() | _plugin_fingerprint(findings.plugins),
         files={str(f.relative_to(folder)): f.stat().st_size for f in _files(folder)},
         cache_bytes_per_token=cache_bytes_per_token(graph),
         components=tuple(findings.components),
@@ -219,12 +221,18 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _plugin_fingerprint(library: Path | None) -> dict[str, str]:
+    return {} if library is None else {library.name: hashlib.sha256(library.read_bytes()).hexdigest()}
+
+
 def _command(findings: Findings) -> str:
     """Return the command that repeats a build, from inside its directory."""
     words = ["rotexport", "build", findings.source, "-o", "OUT", "--recipe", "recipe.yaml"]
     words += ["--target", findings.target]
     if findings.engines:
         words += ["--gpu", ",".join(engine.gpu for engine in findings.engines)]
+    if findings.plugins:
+        words += ["--plugins", str(findings.plugins)]
     return shlex.join(words)
 
 

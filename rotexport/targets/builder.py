@@ -15,6 +15,7 @@ from typing import Final
 import onnx
 
 from rotexport.errors import OutputError, TargetError
+from rotexport.plugins import test_library
 from rotexport.targets import builder_process
 from rotexport.targets.inlining import inline
 from rotexport.targets.layers import Kernel, Layer, assert_kernels, parse_layers
@@ -42,13 +43,17 @@ class EngineReport:
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """What to build: a saved model for GPUs (`sm89`) and shapes, and the kernel each MatMul must become."""
+    """What to build: a saved model for GPUs (`sm89`) and shapes, and the kernel each MatMul must become.
+
+    `plugins` is a library whose operators keep their nodes, so that the builder takes its kernels for them.
+    """
 
     model: Path
     target: str
     gpus: tuple[str, ...]
     profiles: Profiles
     kernels: Mapping[str, Kernel]
+    plugins: Path | None = None
 
 
 def build_engines(request: EngineRequest, directory: Path, progress: Progress) -> list[EngineReport]:
@@ -65,7 +70,8 @@ def build_engines(request: EngineRequest, directory: Path, progress: Progress) -
         OutputError: the directory cannot be written.
 
     """
-    model = inline(onnx.load(str(request.model), load_external_data=False), request.model.parent)
+    provided = {creator.name for creator in test_library(request.plugins)} if request.plugins else set()
+    model = inline(onnx.load(str(request.model), load_external_data=False), request.model.parent, provided)
     lint(model)
     shapes = _profiles(request, model)
     lowered = request.model.with_suffix(f".{request.target}.onnx")  # beside it, so that the weights are found
@@ -103,6 +109,7 @@ def _build(model: Path, plan: Path, request: EngineRequest, gpu: str, profiles: 
             "layers": str(log),
             "compute_capability": gpu.upper() if request.target == "tensorrt-rtx" else None,
             "profiles": profiles,
+            "plugins": str(request.plugins) if request.plugins else None,
         }
         try:
             _run(orders, Path(scratch), plan.stem)

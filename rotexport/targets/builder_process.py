@@ -2,9 +2,10 @@
 
 Builders abort the whole process on some graphs, so each plan is built here and a crash stays here. The file
 is run by path and imports nothing of rotexport: starting it costs one TensorRT import. The request holds
-`module` (tensorrt_rtx or tensorrt), `model`, `plan`, `layers`, `compute_capability` (null: the GPU present)
-and `profiles`, a list of {input: [min, opt, max shape]}. The plan and the builder's layer list are written to
-the files named; everything the builder says goes to standard output. Exit status 0 means that both exist.
+`module` (tensorrt_rtx or tensorrt), `model`, `plan`, `layers`, `compute_capability` (null: the GPU present),
+`plugins` (a library to load first, or null) and `profiles`, a list of {input: [min, opt, max shape]}. The plan
+and the builder's layer list are written to the files named; everything the builder says goes to standard
+output. Exit status 0 means that both exist.
 """
 
 import importlib
@@ -34,6 +35,8 @@ def main(request: Request) -> str | None:
                 print(message, flush=True)
 
     log = Log()
+    if request["plugins"] is not None and trt.get_plugin_registry().load_library(request["plugins"]) is None:
+        return f"the plugin registry refuses {request['plugins']}"
     builder = trt.Builder(log)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, log)

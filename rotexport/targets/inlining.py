@@ -8,6 +8,7 @@ and equal expressions are shared between all calls. Nodes of the model's own gra
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -16,7 +17,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor
-from onnx.inliner import inline_local_functions
+from onnx.inliner import inline_selected_functions
 from onnx.reference import ReferenceEvaluator
 
 LARGEST_TABLE: Final = 1 << 20  # elements of a constant that bodies compute with
@@ -25,12 +26,21 @@ Array: TypeAlias = npt.NDArray[Any]
 Key: TypeAlias = tuple[Any, ...]
 
 
-def inline(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
-    """Return a model without local functions that computes the same; `folder` holds its external data."""
+def inline(model: onnx.ModelProto, folder: Path, keep: Collection[str] = ()) -> onnx.ModelProto:
+    """Return a model that computes the same without local functions, but for calls of those in `keep`.
+
+    `folder` holds the model's external data.
+    """
     if not model.functions:
         return model
-    own = {output for node in model.graph.node if not _is_call(node, model) for output in node.output}
-    inlined: onnx.ModelProto = inline_local_functions(model)
+    kept = [(f.domain, f.name) for f in model.functions if f.name in keep]
+    own = {
+        output
+        for node in model.graph.node
+        if not _is_call(node, model) or (node.domain, node.op_type) in kept
+        for output in node.output
+    }
+    inlined: onnx.ModelProto = inline_selected_functions(model, kept, exclude=True)
     sharing = _Sharing(inlined, folder, own)
     for node in list(inlined.graph.node):
         sharing.visit(node)

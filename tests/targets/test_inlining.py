@@ -97,3 +97,12 @@ def test_a_small_table_is_read_from_the_models_folder(tmp_path):
     (tmp_path / "model.data").write_bytes(bytes([1, 2, 3, 4]))
     model = stored_apart(np.array([[1, 2], [3, 4]], np.int8))
     assert "DequantizeLinear" not in [node.op_type for node in inline(model, tmp_path).graph.node]
+
+
+def test_operators_of_a_plugin_library_keep_their_nodes(tmp_path):
+    kept = inline(onnx.parser.parse_model(MODEL), tmp_path, {onnx.parser.parse_model(MODEL).functions[0].name})
+    original = onnx.parser.parse_model(MODEL)
+    name = original.functions[0].name
+    calls = [node.name for node in original.graph.node if node.op_type == name]
+    assert calls
+    assert [node.name for node in kept.graph.node if node.op_type == name] == calls
