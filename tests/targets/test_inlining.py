@@ -100,7 +100,9 @@ def test_a_small_table_is_read_from_the_models_folder(tmp_path):
 
 
 def test_operators_of_a_plugin_library_keep_their_nodes(tmp_path):
-    kept = inline(onnx.parser.parse_model(MODEL), tmp_path, {onnx.parser.parse_model(MODEL).functions[0].name})
+    kept = inline(
+        onnx.parser.parse_model(MODEL), tmp_path, {onnx.parser.parse_model(MODEL).functions[0].name}
+    )
     original = onnx.parser.parse_model(MODEL)
     name = original.functions[0].name
     calls = [node.name for node in original.graph.node if node.op_type == name]
