@@ -19,7 +19,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	git ls-files 'plugins/*.cpp' 'plugins/*.h' 'plugins/*.cu' 'tests/plugins/*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files 'plugins/*.cpp' 'plugins/*.h' 'plugins/*.cu' 'tests/plugins/*.cpp' | xargs $(BIN)/clang-format --style=file:plugins/.clang-format --dry-run --Werror
 
 # PyTorch first and by version: otherwise its newest build may come with gigabytes of another CUDA release.
 $(VENV)/installed: pyproject.toml
