@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,9 @@ for helpers in (Path(__file__).parent, PLUGINS / "bench", PLUGINS / "host", PLUG
 @pytest.fixture(scope="session")
 def emulated() -> Path:
     """Return the directory of the libraries built for the emulator, built now if anything changed."""
+    for tool in ("cmake", "ninja", "c++"):
+        if shutil.which(tool) is None:
+            pytest.fail(f"the emulator is built with {tool}, which is not on the PATH")
     build = PLUGINS / "build" / "emulator"
     configure = ["cmake", "-G", "Ninja", "-S", str(PLUGINS), "-B", str(build), "-DROTEXPORT_DEVICE=emulator"]
     headers = os.environ.get("TENSORRT_ROOT") or str(PLUGINS / "build" / "tensorrt")
