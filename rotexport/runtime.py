@@ -19,6 +19,7 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from rotexport.deferral import defer_dequantization
 from rotexport.errors import TargetError, ValidationError
 
 if TYPE_CHECKING:
@@ -204,8 +205,8 @@ def open_session(
     # Folding turns quantized weights into resident 32-bit copies, the last level of optimization 16-bit ones.
     disabled = ["ConstantFolding"] if low_memory else []
     source: str | bytes = str(path)
-    if extra_outputs:
-        source = _with_outputs(path, extra_outputs)
+    if extra_outputs or low_memory:
+        source = _edited(path, extra_outputs, low_memory)
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(path.parent.resolve())
         )
@@ -225,8 +226,11 @@ def _read(path: Path) -> onnx.ModelProto:
         raise TargetError(f"'{path}' cannot be read as an ONNX model: {error}") from error
 
 
-def _with_outputs(path: Path, names: Sequence[str]) -> bytes:
+def _edited(path: Path, names: Sequence[str], low_memory: bool) -> bytes:
+    """Return a model with more outputs, and with weights dequantized one by one where memory is short."""
     model = _read(path)
+    if low_memory:
+        defer_dequantization(model)
     computed = _computed(model)
     present = {output.name for output in model.graph.output}
     for name in names:
