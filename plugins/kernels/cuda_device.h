@@ -106,7 +106,15 @@ class Shared {
   }
   template <class V>
   ROTEXPORT_DEVICE void store(unsigned index, const V& value) const {
-    *reinterpret_cast<V*>(data_ + index) = value;
+    // Left to itself the compiler stores the elements of a vector one by one.
+    if constexpr (sizeof(V) == 16) {
+      const uint4 words = *reinterpret_cast<const uint4*>(&value);
+      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address(index)), "r"(words.x),
+                   "r"(words.y), "r"(words.z), "r"(words.w)
+                   : "memory");
+    } else {
+      *reinterpret_cast<V*>(data_ + index) = value;
+    }
   }
   ROTEXPORT_DEVICE void atomic_max(unsigned index, T value) const { atomicMax(data_ + index, value); }
   ROTEXPORT_DEVICE void atomic_add(unsigned index, T value) const { atomicAdd(data_ + index, value); }
