@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from rotexport.deferral import defer_dequantization
+from rotexport.deferral import defer_widening
 from rotexport.errors import TargetError, ValidationError
 
 if TYPE_CHECKING:
@@ -227,10 +227,10 @@ def _read(path: Path) -> onnx.ModelProto:
 
 
 def _edited(path: Path, names: Sequence[str], low_memory: bool) -> bytes:
-    """Return a model with more outputs, and with weights dequantized one by one where memory is short."""
+    """Return a model with more outputs, and with weights widened one by one where memory is short."""
     model = _read(path)
     if low_memory:
-        defer_dequantization(model)
+        defer_widening(model)
     computed = _computed(model)
     present = {output.name for output in model.graph.output}
     for name in names:

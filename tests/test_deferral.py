@@ -5,8 +5,9 @@ import onnx
 import onnxruntime as ort
 from support.graphs import graph_of
 
-from rotexport.deferral import defer_dequantization
+from rotexport.deferral import defer_widening
 from rotexport.graph.io import to_proto
+from rotexport.passes.precision import SetPrecision
 from rotexport.passes.quantize_activations import QuantizeActivations
 from rotexport.passes.quantize_weights import QuantizeWeights
 from rotexport.quant.plan import SitePlan
@@ -45,23 +46,40 @@ def test_the_result_is_the_same_to_the_bit() -> None:
                 continue
             model = quantized(weights, activations)
             before = run(model, x)
-            assert defer_dequantization(model) == 2
+            assert defer_widening(model) == 2
             onnx.checker.check_model(model)
             np.testing.assert_array_equal(run(model, x), before)
 
 
 def test_every_weight_waits_for_its_activation() -> None:
     model = quantized(WeightScheme("int8"), ActivationScheme())
-    defer_dequantization(model)
+    defer_widening(model)
     writers = {output: node for node in model.graph.node for output in node.output}
     for node in model.graph.node:
         if node.op_type == "DequantizeLinear":
             assert "x" in ancestors(node.input[1], writers)
 
 
-def test_float_weights_are_left_alone() -> None:
+def test_float32_weights_are_left_alone() -> None:
     model = to_proto(graph_of(TEXT))
-    assert defer_dequantization(model) == 0
+    assert defer_widening(model) == 0
+
+
+def test_half_precision_weights_wait_too() -> None:
+    graph = graph_of(TEXT)
+    SetPrecision(np.dtype(np.float16)).run(graph)
+    for tensor in graph.tensors().values():
+        if hasattr(tensor, "_values"):
+            tensor.values = tensor.values
+    model = to_proto(graph)
+    x = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float16)
+    before = run(model, x)
+    assert defer_widening(model) == 2
+    onnx.checker.check_model(model)
+    np.testing.assert_array_equal(run(model, x), before)
+    writers = {output: node for node in model.graph.node for output in node.output}
+    products = [node for node in model.graph.node if node.op_type == "MatMul"]
+    assert all("x" in ancestors(node.input[1], writers) for node in products)
 
 
 def run(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
