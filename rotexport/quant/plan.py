@@ -13,6 +13,7 @@ from rotexport.errors import GraphError, RecipeError
 from rotexport.quant.calibrate import InputStatistics
 from rotexport.quant.scheme import ActivationScheme, WeightScheme, group_size
 
+LEAST_GROUPS: Final = 2  # TensorRT-RTX dequantizes a matrix with one block along K anew on every run
 MASSIVE_RATIO: Final = 50.0
 MASSIVE_SHARE: Final = 0.02
 
@@ -68,12 +69,13 @@ class SitePlan:
     @property
     def weight_group(self) -> int:
         """Input channels that share a weight scale."""
-        return group_size(self.weights.group, self.inputs, "weights.group", f"site {self.site}")
+        return group_size(self.weights.group, self.inputs, "weights.group", f"site {self.site}", LEAST_GROUPS)
 
     @property
     def activation_group(self) -> int:
         """Input channels that share an activation scale."""
-        return group_size(self.activations.group, self.inputs, "activations.group", f"site {self.site}")
+        where = f"site {self.site}"
+        return group_size(self.activations.group, self.inputs, "activations.group", where, LEAST_GROUPS)
 
     @property
     def product_group(self) -> int:

@@ -106,10 +106,11 @@ class CacheScheme:
         return (self.key, self.value) != ("none", "none")
 
 
-def group_size(group: Group, length: int, key: str, where: str) -> int:
+def group_size(group: Group, length: int, key: str, where: str, least_groups: int = 1) -> int:
     """Return how many of `length` channels share a scale.
 
-    "auto" is the largest of 64, 32 and 16 that divides, else all. `key` and `where` go into the error.
+    "auto" is the largest of 64, 32 and 16 that leaves `least_groups` or more, else all. `key` and `where` go
+    into the error.
 
     Raises:
         RecipeError: the group does not divide; the message names the nearest ones that do.
@@ -118,8 +119,8 @@ def group_size(group: Group, length: int, key: str, where: str) -> int:
     if group is None:
         return length
     if group == "auto":
-        # Two blocks at least: TensorRT-RTX dequantizes a matrix with one block along K on every run.
-        return next((size for size in AUTO_GROUPS if length % size == 0 and length > size), length)
+        fitting = (size for size in AUTO_GROUPS if length % size == 0 and length >= least_groups * size)
+        return next(fitting, length)
     if length % group == 0:
         return group
     divisors = [size for size in range(1, length + 1) if length % size == 0]

@@ -47,7 +47,7 @@ def test_legal_schemes_are_made():
         (None, 60, 60),
         (12, 60, 12),
         ("auto", 1536, 64),
-        ("auto", 64, 32),
+        ("auto", 64, 64),
         ("auto", 96, 32),
         ("auto", 48, 16),
         ("auto", 100, 100),
@@ -55,6 +55,11 @@ def test_legal_schemes_are_made():
 )
 def test_the_size_of_a_group(group, length, size):
     assert group_size(group, length, "weights.group", "site 0.up") == size
+
+
+def test_a_matrix_is_never_one_group_by_itself_and_a_cached_head_may_be():
+    assert group_size("auto", 64, "weights.group", "site 0.up", least_groups=2) == 32
+    assert group_size("auto", 64, "kv_cache.group", "a head") == 64
 
 
 @pytest.mark.parametrize(

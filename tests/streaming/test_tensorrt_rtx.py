@@ -38,6 +38,7 @@ def build(model: onnx.ModelProto, folder: Path) -> str:
         "plan": str(folder / "plan"),
         "layers": str(folder / "layers"),
         "compute_capability": "SM89",
+        "plugins": None,
         "profiles": [shapes(model)],
     }
     (folder / "request.json").write_text(json.dumps(request))
