@@ -42,6 +42,7 @@ from rotexport.transforms.transform import Transform
 # catch what is broken.
 TOLERANCES = {Preserves.ROUNDING: 1e-4, Preserves.PRECISION: 1e-1, Preserves.QUANTIZATION: np.inf}
 
+BLOCK_BYTES = 64 << 20  # of block outputs held for comparison, however deep the model
 DIVERGED_DB = 10.0  # a block whose error holds a tenth of its signal's power no longer follows the reference
 PASS_TOKENS = 128  # a pass that breaks its promise shows on any text; the rest of the tokens is for the end
 SECOND_CALL = 8  # tokens that run on the cache of those before them
@@ -123,7 +124,9 @@ class PassValidator:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the PyTorch model computes: logits [S, vocab] and block outputs [S, width] of `tokens` [S].
+    """What the PyTorch model computes of `tokens` [S]: logits [S, vocab], and each block's first outputs.
+
+    `blocks` hold [T, width] each, T at most S and so few that all together stay within `BLOCK_BYTES`.
 
     `windows` [W, L] with their `evaluation` are absent when there was no text long enough.
     """
@@ -239,7 +242,8 @@ def observe_reference(
 
     def keep(module: nn.Module, arguments: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        outputs.append(hidden[0].float().numpy().copy())
+        count = max(1, BLOCK_BYTES // (4 * len(layers) * hidden.shape[-1]))
+        outputs.append(hidden[0, :count].float().numpy().copy())
 
     _, layers = decoder_layers(model)
     hooks = [layer.register_forward_hook(keep) for layer in layers]
@@ -274,9 +278,10 @@ def prove(
     kept = tensors_among(path, names)
     model = OnnxModel(path, extra_outputs=kept)
     ids = reference.tokens[None]
-    found = model.run(ids, outputs=["logits", *kept])
+    found = model.run(ids)
     _check_finite(found["logits"], f"'{path}'")
-    streams = {name: found[name][0] for name in kept}
+    observed = model.run(ids[:, : len(reference.blocks[0])], outputs=kept) if kept else {}
+    streams = {name: value[0] for name, value in observed.items()}
     proof = Proof(
         comparison=compare_logits(reference.logits, found["logits"][0]),
         cached=_compare_cached(model, reference),
