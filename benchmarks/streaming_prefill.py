@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rotexport.runtime import OnnxModel
-from rotexport.streaming.session import Session
+from rotexport.runtime.model import OnnxModel
+from rotexport.runtime.session import Session
 
 DENSE_CALL = 256  # tokens per call, as a session reads them
 

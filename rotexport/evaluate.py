@@ -12,7 +12,7 @@ import torch
 
 from rotexport.errors import ValidationError
 from rotexport.metrics import negative_log_likelihood
-from rotexport.runtime import OnnxModel
+from rotexport.runtime.model import OnnxModel
 
 if TYPE_CHECKING:
     from rotexport.graph.weights import Array

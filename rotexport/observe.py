@@ -11,7 +11,7 @@ from rotexport.graph.io import Scratch, save_model
 from rotexport.graph.sites import Linear, linears
 from rotexport.graph.weights import Array
 from rotexport.quant.calibrate import InputStatistics, Probe, calibrate
-from rotexport.runtime import OnnxModel
+from rotexport.runtime.model import OnnxModel
 
 BUDGET_BYTES = 512 << 20  # of activations that one run returns
 

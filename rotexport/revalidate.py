@@ -21,7 +21,7 @@ from rotexport.reference import reference_model
 from rotexport.report import read_report
 from rotexport.report.record import read_manifest
 from rotexport.report.serialize import to_plain
-from rotexport.runtime import OnnxModel
+from rotexport.runtime.model import OnnxModel
 from rotexport.texts import Samples, read_text, token_windows
 from rotexport.validate import Proof, StreamView, observe_reference, prove
 

@@ -33,7 +33,7 @@ from rotexport.metrics import (
     token_sqnr_db,
 )
 from rotexport.passes.base import Pass, Preserves
-from rotexport.runtime import OnnxModel, tensors_among
+from rotexport.runtime.model import OnnxModel, tensors_among
 from rotexport.transforms.transform import Transform
 
 # Largest logit error over largest logit. Rounding in fp32 (2^-24 per operation) accumulates to some 1e-6 in a

@@ -17,7 +17,7 @@ from rotexport.errors import OutputError, RecipeError, TargetError, ValidationEr
 from rotexport.graph.io import load_model
 from rotexport.recipe import from_mapping, load_recipe, preset_names
 from rotexport.report import read_report
-from rotexport.runtime import OnnxModel, next_past
+from rotexport.runtime.model import OnnxModel, next_past
 from rotexport.targets.profiles import Profiles
 
 SIZES = {

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rotexport.errors import ValidationError
 from rotexport.evaluate import evaluate, next_token_logits, perplexity
-from rotexport.runtime import OnnxModel
+from rotexport.runtime.model import OnnxModel
 
 BIGRAM = """
 <ir_version: 11, opset_import: ["" : 23]>

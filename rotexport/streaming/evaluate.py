@@ -20,7 +20,7 @@ from rotexport.errors import ValidationError
 from rotexport.evaluate import LanguageModel, next_token_logits, perplexity
 from rotexport.metrics import log_softmax
 from rotexport.progress import anonymous_bytes
-from rotexport.streaming.session import Session
+from rotexport.runtime.session import Session
 
 if TYPE_CHECKING:
     from rotexport.graph.weights import Array

@@ -10,7 +10,7 @@ from rotexport.passes.quantize_weights import QuantizeWeights
 from rotexport.quant.calibrate import InputStatistics
 from rotexport.quant.plan import SitePlan
 from rotexport.quant.scheme import ActivationScheme, WeightScheme
-from rotexport.runtime import OnnxModel
+from rotexport.runtime.model import OnnxModel
 
 K, N = 32, 6
 

@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from rotexport.errors import ValidationError
+from rotexport.runtime.session import Session
 from rotexport.streaming.evaluate import evaluate_dense, evaluate_stream, without_sinks
-from rotexport.streaming.session import Session
 
 TOKENS = np.random.default_rng(0).integers(0, 96, 45)
 

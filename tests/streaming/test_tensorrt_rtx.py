@@ -83,7 +83,7 @@ def test_models_build_with_shared_expressions(name: str, tmp_path: Path) -> None
 
 def test_half_precision_streams_stay_near_single(tmp_path: Path) -> None:
     """What is built is what ONNX Runtime runs: fp16 against fp32, float cache."""
-    from rotexport.streaming.session import Session
+    from rotexport.runtime.session import Session
 
     tokens = np.random.default_rng(0).integers(0, 96, 40)
     results = []

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from rotexport.errors import TargetError, ValidationError
 from rotexport.passes.lasting_positions import LAST_POSITION
+from rotexport.runtime.sampling import Sampling
+from rotexport.runtime.session import Session
 from rotexport.streaming.cache import graph_cache_bytes
-from rotexport.streaming.sampling import Sampling
-from rotexport.streaming.session import Session
 
 TOKENS = np.random.default_rng(0).integers(0, 96, 40)
 

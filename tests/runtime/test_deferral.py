@@ -5,13 +5,13 @@ import onnx
 import onnxruntime as ort
 from support.graphs import graph_of
 
-from rotexport.deferral import defer_widening
 from rotexport.graph.io import to_proto
 from rotexport.passes.precision import SetPrecision
 from rotexport.passes.quantize_activations import QuantizeActivations
 from rotexport.passes.quantize_weights import QuantizeWeights
 from rotexport.quant.plan import SitePlan
 from rotexport.quant.scheme import ActivationScheme, WeightScheme
+from rotexport.runtime.deferral import defer_widening
 
 TEXT = """
 chain (float[3, 64] x, float[64, 64] W1, float[64, 64] W2) => (float[3, 64] y) {

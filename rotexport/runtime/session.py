@@ -17,8 +17,8 @@ import numpy as np
 
 from rotexport.errors import TargetError, ValidationError
 from rotexport.passes.lasting_positions import LAST_POSITION
-from rotexport.runtime import open_session, port_of
-from rotexport.streaming.sampling import GREEDY, Sampling
+from rotexport.runtime.model import open_session, port_of
+from rotexport.runtime.sampling import GREEDY, Sampling
 
 if TYPE_CHECKING:
     from rotexport.graph.weights import Array

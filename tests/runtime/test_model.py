@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from rotexport.errors import TargetError, ValidationError
 from rotexport.progress import anonymous_bytes
-from rotexport.runtime import OnnxModel, next_past, unpacked_bytes
+from rotexport.runtime.model import OnnxModel, next_past, unpacked_bytes
 
 VOCAB, WIDTH = 11, 4
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rotexport.streaming.session import Session
-from rotexport.streaming.text import Request, decoded, encode, reply
+from rotexport.runtime.session import Session
+from rotexport.runtime.text import Request, decoded, encode, reply
 
 
 class Bytes:

@@ -19,8 +19,8 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from rotexport.deferral import defer_widening
 from rotexport.errors import TargetError, ValidationError
+from rotexport.runtime.deferral import defer_widening
 
 if TYPE_CHECKING:
     from rotexport.graph.weights import Array

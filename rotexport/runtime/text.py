@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from rotexport.streaming.sampling import GREEDY, Sampling
-from rotexport.streaming.session import Session
+from rotexport.runtime.sampling import GREEDY, Sampling
+from rotexport.runtime.session import Session
 
 UNFINISHED = "�"  # what decoders write for bytes that do not make a character yet
 
