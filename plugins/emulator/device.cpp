@@ -27,6 +27,18 @@ void combine_matrices(emulator::Lanes& lanes, uint32_t) {
   }
 }
 
+void combine_transposed_matrices(emulator::Lanes& lanes, uint32_t) {
+  const auto element = [&lanes](unsigned matrix, unsigned row, unsigned column) {
+    return lanes[8 * matrix + row].sent[column / 2] >> 16 * (column % 2) & 0xffff;
+  };
+  for (unsigned i = 0; i < kWarp; ++i) {
+    for (unsigned matrix = 0; matrix < 4; ++matrix) {
+      lanes[i].received[matrix] = element(matrix, i % 4 * 2, i / 4) | element(matrix, i % 4 * 2 + 1, i / 4)
+                                                                          << 16;
+    }
+  }
+}
+
 // The fragments of mma.m16n8k16. Lane 4g + q holds, in register i of A, elements (g + 8(i & 1), 2q + 8(i >>
 // 1)) and its right neighbour; in register i of B, (2q + 8i, g) and the one below; in the sums, rows g, g, g
 // + 8, g + 8 of columns 2q, 2q + 1, 2q, 2q + 1.

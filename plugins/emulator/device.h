@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "emulator/formats.h"
 #include "emulator/machine.h"
@@ -127,6 +128,7 @@ inline void warp_barrier(ROTEXPORT_SITE) { emulator::Machine::instance().warp_ba
 void combine_shuffle(emulator::Lanes& lanes, uint32_t mask);
 void combine_ballot(emulator::Lanes& lanes, uint32_t mask);
 void combine_matrices(emulator::Lanes& lanes, uint32_t mask);
+void combine_transposed_matrices(emulator::Lanes& lanes, uint32_t mask);
 template <class T>
 void combine_products(emulator::Lanes& lanes, uint32_t mask);
 
@@ -179,6 +181,25 @@ uint32_t pack(float low, float high) {
 }
 
 template <class T>
+float low_of(uint32_t pair) {
+  return T::widen(static_cast<uint16_t>(pair));
+}
+template <class T>
+float high_of(uint32_t pair) {
+  return T::widen(static_cast<uint16_t>(pair >> 16));
+}
+template <class T>
+uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c) {
+  // Exact in double, but for sums of terms that differ by more than 2^30.
+  const double low = static_cast<double>(low_of<T>(a)) * low_of<T>(b) + low_of<T>(c);
+  const double high = static_cast<double>(high_of<T>(a)) * high_of<T>(b) + high_of<T>(c);
+  return pack<T>(static_cast<float>(low), static_cast<float>(high));
+}
+
+inline float exp2(float x) { return std::exp2(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
+
+template <class T>
 void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], ROTEXPORT_SITE) {
   const emulator::Payload products = emulator::Machine::instance().collective(
       "multiply_add", kFullMask, {a[0], a[1], a[2], a[3], b[0], b[1]}, combine_products<T>, site);
@@ -196,8 +217,20 @@ void load_matrices(uint32_t (&fragment)[4], const Shared<T>& from, unsigned row_
 }
 
 template <class T>
+void load_matrices_transposed(uint32_t (&fragment)[4], const Shared<T>& from, unsigned row_index,
+                              ROTEXPORT_SITE) {
+  static_assert(sizeof(T) == 2, "matrices of 16-bit elements");
+  const auto row = checked_load<Vector<uint32_t, 4>>(from.at(row_index), site);
+  const emulator::Payload received = emulator::Machine::instance().collective(
+      "load_matrices_transposed", kFullMask, {row.values[0], row.values[1], row.values[2], row.values[3]},
+      combine_transposed_matrices, site);
+  for (int i = 0; i < 4; ++i) fragment[i] = received[i];
+}
+
+template <int kBytes = 16, class T>
 void copy_async(const Shared<T>& to, unsigned to_index, const T* from, ROTEXPORT_SITE) {
-  emulator::Machine::instance().copy_async(to.at(to_index), from, 16, site);
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "an asynchronous copy moves 4, 8 or 16 bytes");
+  emulator::Machine::instance().copy_async(to.at(to_index), from, kBytes, site);
 }
 inline void copy_async_commit() { emulator::Machine::instance().copy_async_commit(); }
 template <int kGroupsLeft>
@@ -219,6 +252,17 @@ Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream,
   try {
     emulator::Machine::instance().launch({shape.grid, shape.block, shape.shared_bytes},
                                          [&] { kernel(arguments...); });
+  } catch (const emulator::Fault& fault) {
+    return remember(fault);
+  }
+  return {};
+}
+
+inline Status copy(void* to, const void* from, size_t bytes, Stream) {
+  try {
+    std::vector<char> content(bytes);
+    emulator::Machine::instance().download(content.data(), from, bytes);
+    emulator::Machine::instance().upload(to, content.data(), bytes);
   } catch (const emulator::Fault& fault) {
     return remember(fault);
   }

@@ -164,6 +164,44 @@ ROTEXPORT_DEVICE uint32_t pack<BFloat16>(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&packed);
 }
 
+// The two values of a pair, and a * b + c on pairs, rounded once.
+template <class T>
+ROTEXPORT_DEVICE float low_of(uint32_t pair);
+template <class T>
+ROTEXPORT_DEVICE float high_of(uint32_t pair);
+template <class T>
+ROTEXPORT_DEVICE uint32_t multiply_add_pairs(uint32_t a, uint32_t b, uint32_t c);
+#define ROTEXPORT_PAIRS(TYPE, PAIR, LOW, HIGH)                                                       \
+  template <>                                                                                        \
+  ROTEXPORT_DEVICE float low_of<TYPE>(uint32_t pair) {                                               \
+    return LOW(*reinterpret_cast<const PAIR*>(&pair));                                               \
+  }                                                                                                  \
+  template <>                                                                                        \
+  ROTEXPORT_DEVICE float high_of<TYPE>(uint32_t pair) {                                              \
+    return HIGH(*reinterpret_cast<const PAIR*>(&pair));                                              \
+  }                                                                                                  \
+  template <>                                                                                        \
+  ROTEXPORT_DEVICE uint32_t multiply_add_pairs<TYPE>(uint32_t a, uint32_t b, uint32_t c) {           \
+    const PAIR sum = __hfma2(*reinterpret_cast<const PAIR*>(&a), *reinterpret_cast<const PAIR*>(&b), \
+                             *reinterpret_cast<const PAIR*>(&c));                                    \
+    return *reinterpret_cast<const uint32_t*>(&sum);                                                 \
+  }
+ROTEXPORT_PAIRS(Half, __half2, __low2float, __high2float)
+ROTEXPORT_PAIRS(BFloat16, __nv_bfloat162, __low2float, __high2float)
+#undef ROTEXPORT_PAIRS
+
+// 2^x and 1/x, of which the last bit or two may be off.
+ROTEXPORT_DEVICE float exp2(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+ROTEXPORT_DEVICE float reciprocal(float x) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  return inverse;
+}
+
 // sums += a . b, where a is 16x16 and b 16x8 in the fragment layout of mma.m16n8k16.
 template <class T>
 ROTEXPORT_DEVICE void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
@@ -189,10 +227,28 @@ ROTEXPORT_DEVICE void load_matrices(uint32_t (&fragment)[4], const Shared<T>& fr
                : "memory");
 }
 
-// Starts a copy of 16 bytes that goes on while the thread computes; it has landed after copy_async_wait.
+// The same, each matrix transposed as it is read.
 template <class T>
+ROTEXPORT_DEVICE void load_matrices_transposed(uint32_t (&fragment)[4], const Shared<T>& from,
+                                               unsigned row_index) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+               : "r"(from.address(row_index))
+               : "memory");
+}
+
+// Starts a copy of 4, 8 or 16 bytes that goes on while the thread computes; it has landed after
+// copy_async_wait.
+template <int kBytes = 16, class T>
 ROTEXPORT_DEVICE void copy_async(const Shared<T>& to, unsigned to_index, const T* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to.address(to_index)), "l"(from) : "memory");
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to.address(to_index)), "l"(from)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to.address(to_index)), "l"(from),
+                 "n"(kBytes)
+                 : "memory");
+  }
 }
 ROTEXPORT_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kGroupsLeft>
@@ -219,6 +275,12 @@ Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream st
     kernel<<<shape.grid, shape.block, shape.shared_bytes, stream>>>(arguments...);
     error = cudaGetLastError();
   }
+  return {error == cudaSuccess ? nullptr : cudaGetErrorString(error)};
+}
+
+// Copies from one buffer on the device to another, in the order of the stream.
+inline Status copy(void* to, const void* from, size_t bytes, Stream stream) {
+  const cudaError_t error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream);
   return {error == cudaSuccess ? nullptr : cudaGetErrorString(error)};
 }
 

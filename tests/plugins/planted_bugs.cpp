@@ -150,9 +150,9 @@ ROTEXPORT_KERNEL void arrival_order(Global<float> y) {
   y.store(device::thread_index(), shared.load<float>(0));
 }
 
-// y (16x8) = a (16x16) . b (16x8): a through ldmatrix, b assembled by hand, one
-// warp.
-template <class T>
+// y (16x8) = a (16x16) . b (16x8): a through ldmatrix, b assembled by hand or through the transposing
+// ldmatrix, one warp.
+template <class T, bool kTransposes>
 ROTEXPORT_KERNEL void product(Global<const T> a, Global<const T> b, Global<float> y) {
   using Row = Vector<uint32_t, 4>;
   using Element = Vector<uint16_t, 1>;
@@ -163,7 +163,15 @@ ROTEXPORT_KERNEL void product(Global<const T> a, Global<const T> b, Global<float
   uint32_t left[4];
   device::load_matrices(left, shared, (lane % 16) * 16 + lane / 16 * 8);
   uint32_t right[2];
-  for (unsigned i = 0; i < 2; ++i) {
+  if constexpr (kTransposes) {
+    const Shared<T> rows(512);
+    if (lane < 16) rows.template store<Row>(8 * lane, b.template load<Row>(8 * lane));
+    device::warp_barrier();
+    uint32_t twice[4];
+    device::load_matrices_transposed(twice, rows, lane % 16 * 8);
+    for (unsigned i = 0; i < 2; ++i) right[i] = twice[i];
+  }
+  for (unsigned i = 0; i < 2 && !kTransposes; ++i) {
     const unsigned k = lane % 4 * 2 + 8 * i;
     const uint32_t low = b.template load<Element>(k * 8 + lane / 4).values[0];
     const uint32_t high = b.template load<Element>((k + 1) * 8 + lane / 4).values[0];
@@ -273,7 +281,7 @@ void report(const char* text, char* message, size_t capacity) {
   std::snprintf(message, capacity, "%s", text);
 }
 
-template <class T>
+template <class T, bool kTransposes>
 void run_product(const uint16_t* a, const uint16_t* b, float* y) {
   auto& machine = emulator::Machine::instance();
   void* device_a = machine.allocate(512, "a");
@@ -282,7 +290,7 @@ void run_product(const uint16_t* a, const uint16_t* b, float* y) {
   machine.upload(device_a, a, 512);
   machine.upload(device_b, b, 256);
   const Status status = device::launch(
-      product<T>, {1, 32, 512}, nullptr, Global<const T>(static_cast<T*>(device_a)),
+      product<T, kTransposes>, {1, 32, 768}, nullptr, Global<const T>(static_cast<T*>(device_a)),
       Global<const T>(static_cast<T*>(device_b)), Global<float>(static_cast<float*>(device_y)));
   if (status) machine.download(y, device_y, 512);
   for (void* data : {device_a, device_b, device_y}) machine.release(data);
@@ -317,9 +325,23 @@ int planted_run(const char* name, uint64_t schedule, unsigned number, float* val
   return 0;
 }
 
-void product_half(const uint16_t* a, const uint16_t* b, float* y) { run_product<device::Half>(a, b, y); }
+void product_half(const uint16_t* a, const uint16_t* b, float* y) {
+  run_product<device::Half, false>(a, b, y);
+}
 void product_bfloat16(const uint16_t* a, const uint16_t* b, float* y) {
-  run_product<device::BFloat16>(a, b, y);
+  run_product<device::BFloat16, false>(a, b, y);
+}
+void product_transposed_half(const uint16_t* a, const uint16_t* b, float* y) {
+  run_product<device::Half, true>(a, b, y);
+}
+void product_transposed_bfloat16(const uint16_t* a, const uint16_t* b, float* y) {
+  run_product<device::BFloat16, true>(a, b, y);
+}
+uint32_t multiply_add_halves(uint32_t a, uint32_t b, uint32_t c) {
+  return device::multiply_add_pairs<device::Half>(a, b, c);
+}
+uint32_t multiply_add_bfloat16s(uint32_t a, uint32_t b, uint32_t c) {
+  return device::multiply_add_pairs<device::BFloat16>(a, b, c);
 }
 uint16_t round_half(float value) { return device::Half::round(value); }
 uint16_t round_bfloat16(float value) { return device::BFloat16::round(value); }

@@ -117,17 +117,29 @@ def test_shared_memory_is_seen_across_a_barrier(planted: Planted) -> None:
     np.testing.assert_array_equal(values, np.arange(64)[::-1])
 
 
+@pytest.mark.parametrize("transposed", ["", "transposed_"])
 @pytest.mark.parametrize(("dtype", "name"), [(np.float16, "half"), (ml_dtypes.bfloat16, "bfloat16")])
-def test_matrix_instructions_multiply(planted: Planted, dtype: type, name: str) -> None:
+def test_matrix_instructions_multiply(planted: Planted, dtype: type, name: str, transposed: str) -> None:
     """ldmatrix and mma.m16n8k16 together: products of 11- or 8-bit significands are exact in float32, sums nearly."""
     rng = np.random.default_rng(3)
     a, b = rng.standard_normal((16, 16)).astype(dtype), rng.standard_normal((16, 8)).astype(dtype)
     y = np.empty((16, 8), np.float32)
     pointers = [ctypes.c_void_p(array.ctypes.data) for array in (a, b, y)]
-    getattr(planted.library, f"product_{name}")(*pointers)
+    getattr(planted.library, f"product_{transposed}{name}")(*pointers)
     exact = a.astype(np.float64) @ b.astype(np.float64)
     bound = np.abs(a).astype(np.float64) @ np.abs(b).astype(np.float64)
     assert np.all(np.abs(y - exact) <= 16 * 2.0**-24 * bound)
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(np.float16, "halves"), (ml_dtypes.bfloat16, "bfloat16s")])
+def test_pairs_multiply_and_add_with_one_rounding(planted: Planted, dtype: type, name: str) -> None:
+    compute = getattr(planted.library, f"multiply_add_{name}")
+    compute.argtypes, compute.restype = [ctypes.c_uint32] * 3, ctypes.c_uint32
+    a, b, c = np.random.default_rng(5).standard_normal((3, 200, 2)).astype(dtype)
+    exact = a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)
+    words = zip(*(pairs.view(np.uint32)[:, 0] for pairs in (a, b, c)), strict=True)
+    found = np.array([compute(*map(int, three)) for three in words], np.uint32).view(dtype).reshape(-1, 2)
+    np.testing.assert_array_equal(found, exact.astype(dtype))
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(np.float16, "half"), (ml_dtypes.bfloat16, "bfloat16")])
