@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from rotexport.runtime.model import OnnxModel
 from rotexport.runtime.session import Session
 
 DENSE_CALL = 256  # tokens per call, as a session reads them
@@ -29,25 +27,20 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=32000)
     options = parser.parse_args()
     session = Session(options.streaming)
-    dense = OnnxModel(options.dense) if options.dense else None
+    dense = Session(options.dense, call_tokens=DENSE_CALL) if options.dense else None
     print(f"{'tokens':>8} {'streaming':>14} {'dense':>14}")
     for length in options.lengths:
         tokens = np.random.default_rng(0).integers(0, options.vocabulary, length)
-        session.reset()
-        streamed = _per_token(lambda tokens=tokens: session.prefill(tokens), length)
-        whole = _per_token(lambda tokens=tokens: _read(dense, tokens), length) if dense else "-"
+        streamed = _per_token(session, tokens)
+        whole = _per_token(dense, tokens) if dense else "-"
         print(f"{length:8} {streamed:>14} {whole:>14}", flush=True)
 
 
-def _read(model: OnnxModel, tokens: np.ndarray) -> None:
-    sizes = [min(DENSE_CALL, len(tokens) - start) for start in range(0, len(tokens), DENSE_CALL)]
-    model.run_in_pieces(tokens[None], sizes)
-
-
-def _per_token(work: Callable[[], object], length: int) -> str:
+def _per_token(session: Session, tokens: np.ndarray) -> str:
+    session.reset()
     start = time.perf_counter()
-    work()
-    return f"{1e3 * (time.perf_counter() - start) / length:.2f} ms/token"
+    session.prefill(tokens)
+    return f"{1e3 * (time.perf_counter() - start) / len(tokens):.2f} ms/token"
 
 
 if __name__ == "__main__":

@@ -16,9 +16,17 @@ from rotexport.export import export
 from rotexport.graph.basis import analyse
 from rotexport.graph.io import Scratch, WeightFile, save_model
 from rotexport.graph.twin import runnable
-from rotexport.observe import observe_inputs, outliers
+from rotexport.graph.weights import Array
+from rotexport.observe import observe_inputs, observe_keys, outliers
 from rotexport.output import MODEL, OutputDirectory
-from rotexport.pipeline import Pipeline, expected_kernels, plan_sites, quantization_passes, rotation_passes
+from rotexport.pipeline import (
+    Pipeline,
+    check_attention,
+    expected_kernels,
+    plan_sites,
+    quantization_passes,
+    rotation_passes,
+)
 from rotexport.progress import Stages, Verbosity
 from rotexport.quant.calibrate import InputStatistics
 from rotexport.quant.plan import SitePlan, massive_sites_dynamic
@@ -110,9 +118,12 @@ def prepare(
     with stages("open"):
         checkpoint = open_checkpoint(model, trust_remote_code=options.trust_remote_code)
         samples = Samples.of(checkpoint, options.calibration)
+        if recipe.attention.streaming and options.validate:
+            samples = samples.within(recipe.attention.reach)
     with stages("export"):
         graph = export(checkpoint)
         plan = plan_sites(graph, recipe)
+        check_attention(graph, recipe)
     return Prepared(_source(model), recipe, gpus, checkpoint, samples, graph, plan)
 
 
@@ -144,8 +155,13 @@ def _compile(prepared: Prepared, options: BuildOptions, folder: Path, stages: St
                 plan, notes = massive_sites_dynamic(plan, statistics)
                 found.notes += notes
 
+        key_means: dict[int, Array] = {}
+        if recipe.kv_cache.center:
+            with stages("center keys"):
+                key_means = observe_keys(graph, scratch, list(samples.calibration), recipe.attention.sinks)
+
         with stages("quantize") as stage:
-            pipeline.run(quantization_passes(recipe, plan, statistics), stage.detail)
+            pipeline.run(quantization_passes(recipe, plan, statistics, key_means), stage.detail)
 
         with stages("write"):
             save_model(graph, folder / MODEL, WeightFile(folder / f"{MODEL}.data", source=scratch))
@@ -164,7 +180,9 @@ def _compile(prepared: Prepared, options: BuildOptions, folder: Path, stages: St
                 folder / MODEL,
                 options.target,
                 prepared.gpus,
-                options.profiles,
+                options.profiles.streaming(recipe.attention.window)
+                if recipe.attention.streaming
+                else options.profiles,
                 expected_kernels(plan, recipe.dtype),
                 options.plugins,
             )

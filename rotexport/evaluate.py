@@ -12,12 +12,12 @@ import torch
 
 from rotexport.errors import ValidationError
 from rotexport.metrics import negative_log_likelihood
-from rotexport.runtime.model import OnnxModel
+from rotexport.runtime.cached import CachedGraph
 
 if TYPE_CHECKING:
     from rotexport.graph.weights import Array
 
-LanguageModel: TypeAlias = OnnxModel | torch.nn.Module
+LanguageModel: TypeAlias = CachedGraph | torch.nn.Module
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,9 @@ def perplexity(loss: float) -> float:
 
 
 def next_token_logits(model: LanguageModel, tokens: Array) -> Array:
-    """Return the logits [S, vocab] of the tokens [S] in one call from an empty cache."""
-    if isinstance(model, OnnxModel):
-        logits: Array = model.run(tokens[None])["logits"][0]
-        return logits
+    """Return the logits [S, vocab] of the tokens [S], from an empty cache."""
+    if isinstance(model, CachedGraph):
+        return model.logits(tokens)
     with torch.no_grad():
         ids = torch.from_numpy(np.ascontiguousarray(tokens[None], np.int64))
         result: Array = model(input_ids=ids, use_cache=False).logits[0].float().numpy()

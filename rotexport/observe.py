@@ -10,8 +10,9 @@ import onnx_graphsurgeon as gs
 from rotexport.graph.io import Scratch, save_model
 from rotexport.graph.sites import Linear, linears
 from rotexport.graph.weights import Array
-from rotexport.quant.calibrate import InputStatistics, Probe, calibrate
+from rotexport.quant.calibrate import InputStatistics, Probe, Run, calibrate
 from rotexport.runtime.model import OnnxModel
+from rotexport.streaming.centering import mean_keys
 
 BUDGET_BYTES = 512 << 20  # of activations that one run returns
 
@@ -35,13 +36,27 @@ class Outliers:
 
 def observe_inputs(graph: gs.Graph, scratch: Scratch, windows: Sequence[Array]) -> dict[str, InputStatistics]:
     """Run `graph` over token windows [S] and return the statistics of every linear's input, by site."""
+    return calibrate(_runner(graph, scratch), _probes(linears(graph)), windows, BUDGET_BYTES)
+
+
+def observe_keys(graph: gs.Graph, scratch: Scratch, windows: Sequence[Array], sinks: int) -> dict[int, Array]:
+    """Run `graph` over token windows [S] and return the mean key of every attention, without the `sinks`.
+
+    Raises:
+        RecipeError: no window is longer than the sinks.
+
+    """
+    return mean_keys(graph, _runner(graph, scratch), windows, sinks)
+
+
+def _runner(graph: gs.Graph, scratch: Scratch) -> Run:
     path = scratch.directory / "observed.onnx"
     save_model(graph, path, scratch)
 
     def run(windows: Sequence[Array], names: Sequence[str]) -> Iterable[Mapping[str, Array]]:
         return OnnxModel(path, extra_outputs=names).forward_many(windows, names)
 
-    return calibrate(run, _probes(linears(graph)), windows, BUDGET_BYTES)
+    return run
 
 
 def outliers(statistics: Mapping[str, InputStatistics]) -> dict[str, Outliers]:

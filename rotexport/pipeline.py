@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import ml_dtypes
 import numpy as np
@@ -12,9 +12,11 @@ import onnx_graphsurgeon as gs
 from rotexport.graph.edit import sort
 from rotexport.graph.sites import linears
 from rotexport.graph.twin import float32_twin
+from rotexport.graph.weights import Array
 from rotexport.passes.base import Pass, PassReport, Placement
 from rotexport.passes.center_layernorms import CenterLayerNorms
 from rotexport.passes.fold_norms import FoldNorms
+from rotexport.passes.lasting_positions import LastingPositions
 from rotexport.passes.precision import SetPrecision
 from rotexport.passes.quantize_activations import QuantizeActivations
 from rotexport.passes.quantize_cache import QuantizeCache
@@ -23,9 +25,11 @@ from rotexport.passes.rotate_heads import RotateHeads
 from rotexport.passes.rotate_inputs import MixHeads, RotateDownInputs
 from rotexport.passes.rotate_residual import RotateResidual
 from rotexport.passes.share_weights import ShareWeights
+from rotexport.passes.stream_attention import StreamAttention
 from rotexport.quant.calibrate import InputStatistics
 from rotexport.quant.plan import SitePlan
 from rotexport.recipe import Recipe, Rotations
+from rotexport.streaming.scheme import stream_format
 from rotexport.targets.layers import Kernel, expected_kernel
 from rotexport.validate import PassValidator, StreamView
 
@@ -92,15 +96,24 @@ def rotation_passes(rotations: Rotations) -> list[Pass]:
 
 
 def quantization_passes(
-    recipe: Recipe, plan: Sequence[SitePlan], statistics: Mapping[str, InputStatistics]
+    recipe: Recipe,
+    plan: Sequence[SitePlan],
+    statistics: Mapping[str, InputStatistics],
+    key_means: Mapping[int, Array],
 ) -> list[Pass]:
-    """Return the passes that change numbers, then the one that stores equal ones once."""
+    """Return the passes that change numbers, then the one that stores equal ones once.
+
+    `statistics` of inputs, by site, are for static activations; `key_means` of layers for centred caches.
+    """
     passes: list[Pass] = [SetPrecision(DTYPES[recipe.dtype])]
     if any(site.weights.enabled for site in plan):
         passes.append(QuantizeWeights(plan))
     if any(site.activations.enabled for site in plan):
         passes.append(QuantizeActivations(plan, statistics))
-    if recipe.kv_cache.enabled:
+    if recipe.attention.streaming:
+        ring = stream_format(recipe.kv_cache, recipe.attention.window)
+        passes += [StreamAttention(recipe.attention, ring, key_means), LastingPositions()]
+    elif recipe.kv_cache.enabled:
         passes.append(QuantizeCache(recipe.kv_cache))
     return [*passes, ShareWeights()]
 
@@ -120,6 +133,18 @@ def plan_sites(graph: gs.Graph, recipe: Recipe) -> list[SitePlan]:
         SitePlan(site.name, site.node.name, int(site.weight.shape[0]), *recipe.schemes(site.name))
         for site in sites
     ]
+
+
+def check_attention(graph: gs.Graph, recipe: Recipe) -> None:
+    """Swap attention in a copy of an exported graph, to see before any weight is read whether it can be.
+
+    Raises:
+        RotexportError: as `StreamAttention.run`.
+
+    """
+    if recipe.attention.streaming:
+        ring = replace(stream_format(recipe.kv_cache, recipe.attention.window), center=False)
+        StreamAttention(recipe.attention, ring).run(graph.copy())
 
 
 def expected_kernels(plan: Sequence[SitePlan], dtype: str) -> dict[str, Kernel]:

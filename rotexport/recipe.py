@@ -19,6 +19,7 @@ import yaml
 from rotexport.errors import RecipeError
 from rotexport.metrics import Thresholds
 from rotexport.quant.scheme import ActivationScheme, CacheScheme, WeightScheme
+from rotexport.streaming.scheme import AttentionScheme, stream_format
 from rotexport.transforms.transform import Hadamard, OrthogonalMatrix, Transform
 
 KINDS: Final = ("none", "hadamard", "random-hadamard", "orthogonal")
@@ -119,6 +120,7 @@ class Recipe:
     weights: WeightScheme = field(default_factory=WeightScheme)
     activations: ActivationScheme = field(default_factory=ActivationScheme)
     kv_cache: CacheScheme = field(default_factory=CacheScheme)
+    attention: AttentionScheme = field(default_factory=AttentionScheme)
     overrides: tuple[Override, ...] = ()
     thresholds: Thresholds = field(default_factory=Thresholds)
 
@@ -130,6 +132,10 @@ class Recipe:
                 f"activations.format: {self.activations.format} needs quantized weights; "
                 "set weights.format too"
             )
+        if self.attention.streaming:
+            stream_format(self.kv_cache, self.attention.window)
+        elif (setting := self.kv_cache.bounded_only) is not None:
+            raise RecipeError(f"kv_cache.{setting} needs a bounded cache; set attention.kind to streaming")
 
     def schemes(self, site: str) -> tuple[WeightScheme, ActivationScheme]:
         """Return what to do with one linear: the last matching override wins; else the head stays float."""
@@ -154,6 +160,15 @@ class Recipe:
     def to_yaml(self) -> str:
         """Write the recipe so that reading it back gives an equal one."""
         return yaml.safe_dump(_plain(asdict(self)), sort_keys=False)
+
+
+SECTIONS: Final[Mapping[str, type]] = {
+    "weights": WeightScheme,
+    "activations": ActivationScheme,
+    "kv_cache": CacheScheme,
+    "attention": AttentionScheme,
+    "thresholds": Thresholds,
+}
 
 
 def preset_names() -> list[str]:
@@ -198,11 +213,9 @@ def from_mapping(mapping: Mapping[str, Any]) -> Recipe:
     _check_keys(values, Recipe, "")
     if "rotations" in values:
         values["rotations"] = _rotations(values["rotations"])
-    for key, cls in (("weights", WeightScheme), ("activations", ActivationScheme), ("kv_cache", CacheScheme)):
+    for key, cls in SECTIONS.items():
         if key in values:
             values[key] = _section(values[key], cls, key)
-    if "thresholds" in values:
-        values["thresholds"] = _section(values["thresholds"], Thresholds, "thresholds")
     base = Recipe(**{k: v for k, v in values.items() if k != "overrides"})
     return replace(base, overrides=tuple(_override(o, base) for o in values.get("overrides") or ()))
 

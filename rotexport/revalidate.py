@@ -21,7 +21,7 @@ from rotexport.reference import reference_model
 from rotexport.report import read_report
 from rotexport.report.record import read_manifest
 from rotexport.report.serialize import to_plain
-from rotexport.runtime.model import OnnxModel
+from rotexport.runtime.opening import open_graph
 from rotexport.texts import Samples, read_text, token_windows
 from rotexport.validate import Proof, StreamView, observe_reference, prove
 
@@ -75,6 +75,8 @@ def revalidate(folder: Path, text: Path | None, model: str | None, stages: Stage
         samples = Samples.of(checkpoint)
         if text is not None:
             samples = samples.proving_on(checkpoint, text)
+        if recipe.attention.streaming:
+            samples = samples.within(recipe.attention.reach)
     with stages("reference") as stage:
         reference = observe_reference(
             reference_model(checkpoint), samples.tokens, samples.windows, stage.advance
@@ -100,4 +102,4 @@ def _open(model: str) -> tuple[LanguageModel, PreTrainedTokenizerBase | None]:
     folder = Path(model)
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
-    return OnnxModel(folder / MODEL), tokenizer
+    return open_graph(folder / MODEL), tokenizer

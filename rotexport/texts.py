@@ -137,6 +137,19 @@ class Samples:
             source = f"{PROSE}; calibrated on {calibration.name}"
         return cls(windows[0], windows[1:proof], seen, source)
 
+    def within(self, reach: int) -> Samples:
+        """Return the same with at most `reach` tokens of each proof: what a bounded cache holds whole.
+
+        Raises:
+            RotexportError: nothing can be predicted within so few.
+        """
+        if reach < 2:
+            raise RotexportError(
+                f"a cache of {reach} tokens sees too little to be compared with PyTorch; "
+                "widen attention.window, or pass --no-validate"
+            )
+        return replace(self, tokens=self.tokens[:reach], windows=self.windows[:, :reach])
+
     def proving_on(self, checkpoint: Checkpoint, text: Path) -> Samples:
         """Return the same with tokens and windows from a text file.
 

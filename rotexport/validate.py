@@ -33,7 +33,9 @@ from rotexport.metrics import (
     token_sqnr_db,
 )
 from rotexport.passes.base import Pass, Preserves
-from rotexport.runtime.model import OnnxModel, tensors_among
+from rotexport.runtime.cached import CachedGraph
+from rotexport.runtime.model import tensors_among
+from rotexport.runtime.opening import open_graph
 from rotexport.transforms.transform import Transform
 
 # Largest logit error over largest logit. Rounding in fp32 (2^-24 per operation) accumulates to some 1e-6 in a
@@ -116,7 +118,7 @@ class PassValidator:
     def _logits(self, graph: gs.Graph, what: str) -> Array:
         path = self._scratch.directory / "validated.onnx"
         save_model(graph, path, self._scratch)
-        logits: Array = OnnxModel(path).run_in_pieces(self._tokens[None], _pieces(self._tokens))["logits"][0]
+        logits = open_graph(path).logits(self._tokens, _pieces(self._tokens))
         _check_finite(logits, what)
         self._scratch.retire(graph)
         return logits
@@ -276,14 +278,12 @@ def prove(
     """
     names = [f"block.{index}.output" for index in range(len(reference.blocks))]
     kept = tensors_among(path, names)
-    model = OnnxModel(path, extra_outputs=kept)
-    ids = reference.tokens[None]
-    found = model.run(ids)
-    _check_finite(found["logits"], f"'{path}'")
-    observed = model.run(ids[:, : len(reference.blocks[0])], outputs=kept) if kept else {}
-    streams = {name: value[0] for name, value in observed.items()}
+    model = open_graph(path, extra_outputs=kept)
+    logits = model.logits(reference.tokens)
+    _check_finite(logits, f"'{path}'")
+    streams = model.observe(reference.tokens[: len(reference.blocks[0])], kept) if kept else {}
     proof = Proof(
-        comparison=compare_logits(reference.logits, found["logits"][0]),
+        comparison=compare_logits(reference.logits, logits),
         cached=_compare_cached(model, reference),
         reference_evaluation=reference.evaluation,
         evaluation=None if reference.windows is None else evaluate(model, reference.windows, advance),
@@ -293,11 +293,11 @@ def prove(
     return replace(proof, thresholds=results)
 
 
-def _compare_cached(model: OnnxModel, reference: Reference) -> Comparison | None:
+def _compare_cached(model: CachedGraph, reference: Reference) -> Comparison | None:
     pieces = _pieces(reference.tokens)
-    if not model.cache_inputs or len(pieces) < 2:
+    if len(pieces) < 2:
         return None
-    logits = model.run_in_pieces(reference.tokens[None], pieces)["logits"][0]
+    logits = model.logits(reference.tokens, pieces)
     _check_finite(logits, f"'{model.path}' on a filled cache")
     return compare_logits(reference.logits, logits)
 

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rotexport.errors import ValidationError
 from rotexport.evaluate import evaluate, next_token_logits, perplexity
-from rotexport.runtime.model import OnnxModel
+from rotexport.runtime.opening import open_graph
 
 BIGRAM = """
 <ir_version: 11, opset_import: ["" : 23]>
@@ -27,7 +27,7 @@ def bigram_model(path, table):
     model = onnx.parser.parse_model(BIGRAM)
     model.graph.initializer.append(numpy_helper.from_array(table.astype(np.float32), "table"))
     path.write_bytes(model.SerializeToString())
-    return OnnxModel(path)
+    return open_graph(path)
 
 
 @pytest.fixture(scope="module")

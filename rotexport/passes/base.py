@@ -6,9 +6,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from enum import Enum
 
+import ml_dtypes
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from rotexport.transforms.transform import Transform
+
+SIXTEEN_BITS = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
 
 class Preserves(Enum):
@@ -17,6 +21,13 @@ class Preserves(Enum):
     ROUNDING = "equal within rounding"
     PRECISION = "equal within the rounding of a narrower float type"
     QUANTIZATION = "changed by quantization"
+
+
+def rounding(graph: gs.Graph) -> Preserves:
+    """Return what computing the same in another order preserves: less where the graph computes in 16 bits."""
+    types = (t.dtype for node in graph.nodes for t in node.outputs if t.dtype is not None)
+    narrow = any(np.dtype(kind) in SIXTEEN_BITS for kind in types)
+    return Preserves.PRECISION if narrow else Preserves.ROUNDING
 
 
 class Where(Enum):

@@ -19,7 +19,7 @@ import onnx_graphsurgeon as gs
 
 from rotexport.graph.edit import consumers, drop_unused, producer, sort
 from rotexport.graph.weights import Array, InMemory, constant, weight_of
-from rotexport.passes.base import Pass, PassReport, Preserves
+from rotexport.passes.base import Pass, PassReport, Preserves, rounding
 from rotexport.quant.emit import INT64, Emitter
 
 STEP: Final = 4096  # L: positions in the low table
@@ -35,6 +35,7 @@ class LastingPositions(Pass):
     preserves = Preserves.ROUNDING
 
     def run(self, graph: gs.Graph) -> PassReport:
+        self.preserves = rounding(graph)
         report = PassReport()
         tables: dict[bytes, _Tables] = {}
         for node in [node for node in graph.nodes if node.op == "Mul"]:

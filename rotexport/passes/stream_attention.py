@@ -26,7 +26,7 @@ from rotexport.graph.basis import attention_nodes
 from rotexport.graph.edit import consumers, drop_unused, producer, replace_reads, sort
 from rotexport.graph.masks import mask_window
 from rotexport.graph.weights import Array, InMemory, constant
-from rotexport.passes.base import Pass, PassReport, Preserves
+from rotexport.passes.base import Pass, PassReport, Preserves, rounding
 from rotexport.quant.emit import INT64, Emitter
 from rotexport.streaming.cache import FLOAT_CACHE, CacheFormat, LayerCache
 from rotexport.streaming.scheme import AttentionScheme
@@ -67,6 +67,8 @@ class StreamAttention(Pass):
         windows = {id(layer.mask): mask_window(graph, layer.mask) for layer in layers}
         caches = [self._cache(layer, windows[id(layer.mask)]) for layer in layers]
         cached_tensors = [cache.tensors() for cache in caches]  # refuses before anything changes
+        if self.cache_format.bits is None:
+            self.preserves = rounding(graph)
         stream = _Stream(graph)
         slopes: dict[tuple[int, bool], gs.Constant] = {}
         report = PassReport(len(layers))

@@ -10,7 +10,7 @@ from rotexport.errors import RecipeError
 Group: TypeAlias = int | Literal["auto"] | None
 
 LINEAR_FORMATS: Final = ("none", "int8", "int4", "fp8")
-CACHE_FORMATS: Final = ("none", "int8", "int4")
+CACHE_FORMATS: Final = ("none", "int8", "int4", "int2")
 METHODS: Final = ("rtn", "search")
 MODES: Final = ("static", "dynamic")
 OBSERVERS: Final = ("max", "percentile", "mse")
@@ -86,24 +86,42 @@ class ActivationScheme:
 class CacheScheme:
     """How keys and values are stored between calls: asymmetric, per token, head and `group` of channels.
 
-    `group` None is the whole head; `clip` shrinks the range of every group about its middle.
+    `group` None is the whole head; `clip` shrinks the range of every group about its middle. A streaming
+    cache may keep its `recent` newest tokens in floating point and `center` keys about their calibrated mean.
     """
 
     key: str = "none"
     value: str = "none"
     group: Group = None
     clip: float = 1.0
+    recent: int = 0
+    center: bool = False
 
     def __post_init__(self) -> None:
         _one_of("kv_cache.key", self.key, CACHE_FORMATS)
         _one_of("kv_cache.value", self.value, CACHE_FORMATS)
         _check_group("kv_cache.group", self.group)
         _check_fraction("kv_cache.clip", self.clip)
+        if isinstance(self.recent, bool) or not isinstance(self.recent, int) or self.recent < 0:
+            raise RecipeError(f"kv_cache.recent: {self.recent!r} is not a number of tokens")
+        if not isinstance(self.center, bool):
+            raise RecipeError(f"kv_cache.center: {self.center!r} is not true or false")
 
     @property
     def enabled(self) -> bool:
         """Whether anything is quantized."""
         return (self.key, self.value) != ("none", "none")
+
+    @property
+    def bounded_only(self) -> str | None:
+        """The first setting that a cache which grows does not have, as `key: value`."""
+        settings = {
+            "key: int2": self.key == "int2",
+            "value: int2": self.value == "int2",
+            f"recent: {self.recent}": self.recent > 0,
+            "center: true": self.center,
+        }
+        return next((setting for setting, asked in settings.items() if asked), None)
 
 
 def group_size(group: Group, length: int, key: str, where: str, least_groups: int = 1) -> int:

@@ -98,7 +98,8 @@ class BuildReport:
         inputs: SHA-256 of the files that went in, by name.
         recipe_text: the resolved recipe as YAML.
         text: what the tokens of the proof were taken from, in words.
-        cache_bytes_per_token: of the key/value cache, all layers.
+        cache_bytes_per_token: by which a token lets the key/value cache of all layers grow.
+        cache_bytes: of a bounded cache, per row, however long the stream.
 
     """
 
@@ -115,6 +116,7 @@ class BuildReport:
     inputs: dict[str, str] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
     cache_bytes_per_token: int | None = None
+    cache_bytes: int | None = None
     stages: tuple[StageRecord, ...] = ()
     components: tuple[ComponentSummary, ...] = ()
     transforms: tuple[TransformSummary, ...] = ()

@@ -112,7 +112,7 @@ def _in_short(report: BuildReport) -> str:
         f"blocks of width {model.width}, vocabulary {model.vocabulary:,}) was exported from {model.source}.",
         f"Recipe {report.recipe}: {report.description}" if report.description else "",
         _transforms_in_words(report.transforms),
-        _cache_in_words(report.cache_bytes_per_token),
+        _cache_in_words(report),
         _engines_in_words(report),
         _proof_in_words(report),
     ]
@@ -132,7 +132,10 @@ def _transforms_in_words(transforms: Sequence[TransformSummary]) -> str:
     )
 
 
-def _cache_in_words(per_token: int | None) -> str:
+def _cache_in_words(report: BuildReport) -> str:
+    if report.cache_bytes:
+        return f"The key/value cache takes {size(report.cache_bytes)} per row, however long the stream."
+    per_token = report.cache_bytes_per_token
     return "" if per_token is None else f"The key/value cache takes {size(per_token)} per token."
 
 

@@ -37,6 +37,7 @@ from rotexport.report.data import (
     SiteOutliers,
     TransformSummary,
 )
+from rotexport.streaming.cache import graph_cache_bytes
 from rotexport.targets.builder import EngineReport
 from rotexport.targets.layers import kernels
 from rotexport.validate import Proof
@@ -127,6 +128,7 @@ def make_report(
         inputs=checkpoint.fingerprint() | _plugin_fingerprint(findings.plugins),
         files={str(f.relative_to(folder)): f.stat().st_size for f in _files(folder)},
         cache_bytes_per_token=cache_bytes_per_token(graph),
+        cache_bytes=graph_cache_bytes(graph),
         components=tuple(findings.components),
         transforms=summarize_placements(pipeline.placements),
         passes=_passes(pipeline),
@@ -171,6 +173,7 @@ def write_manifest(report: BuildReport, graph: gs.Graph, folder: Path) -> None:
         "inputs": [_port(tensor) for tensor in graph.inputs],
         "outputs": [_port(tensor) for tensor in graph.outputs],
         "cache_bytes_per_token": report.cache_bytes_per_token,
+        "cache_bytes": report.cache_bytes,
         "files": report.files,
         "figures": report.proof.figures() if report.proof is not None else None,
         "stages": [
@@ -201,7 +204,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def cache_bytes_per_token(graph: gs.Graph) -> int:
-    """Return the bytes that one token of one row takes in the key/value cache, scales included."""
+    """Return the bytes by which one token of one row lets the key/value cache grow, scales included."""
     total = 0
     for tensor in graph.inputs:
         if tensor.name.startswith("past_key_values."):

@@ -7,7 +7,6 @@ floats that they stand for, so that an error that is measured belongs to the gra
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -71,8 +70,18 @@ class OnnxModel:
         low_memory: bool | None = None,
         extra_outputs: Sequence[str] = (),
     ) -> None:
+        self._take(path, open_session(path, threads, low_memory, extra_outputs))
+
+    @classmethod
+    def over(cls, path: Path, session: Any) -> OnnxModel:
+        """Return the model of a session that `open_session` opened at `path`."""
+        model = cls.__new__(cls)
+        model._take(path, session)
+        return model
+
+    def _take(self, path: Path, session: Any) -> None:
         self.path = path
-        self._session = open_session(path, threads, low_memory, extra_outputs)
+        self._session = session
         self.inputs = {port.name: port for port in map(port_of, self._session.get_inputs())}
         self.outputs = tuple(output.name for output in self._session.get_outputs())
         if "input_ids" not in self.inputs:
@@ -107,28 +116,6 @@ class OnnxModel:
         feeds = self._feeds(input_ids, attention_mask, past or {})
         values = self._session.run(list(outputs), feeds)
         return dict(zip(outputs, values, strict=True))
-
-    def run_in_pieces(
-        self, input_ids: Array, sizes: Sequence[int], outputs: Sequence[str] = ("logits",)
-    ) -> dict[str, Array]:
-        """Run [B, sum(sizes)] tokens as successive calls that share the cache; outputs joined along tokens.
-
-        The outputs must have the token axis second. A graph without a cache runs everything in one call.
-        """
-        if not self.cache_inputs:
-            return self.run(input_ids, outputs=outputs)
-        presents = [name for name in self.outputs if name.startswith("present.")]
-        past: dict[str, Array] = {}
-        pieces: list[dict[str, Array]] = []
-        bounds = np.cumsum([0, *sizes])
-        if bounds[-1] != input_ids.shape[1]:
-            raise ValueError(f"pieces {list(sizes)} do not add up to {input_ids.shape[1]} tokens")
-        for start, stop in itertools.pairwise(bounds):
-            more = presents if stop < bounds[-1] else []
-            result = self.run(input_ids[:, start:stop], past=past, outputs=[*outputs, *more])
-            past = next_past({name: result.pop(name) for name in more})
-            pieces.append(result)
-        return {name: np.concatenate([piece[name] for piece in pieces], axis=1) for name in outputs}
 
     def forward_many(
         self, windows: Iterable[Array], outputs: Sequence[str] = ("logits",)

@@ -75,7 +75,7 @@ def evaluate_stream(
 
     def predictions() -> Iterator[Array]:
         position = 0
-        for piece, logits in session.forward(tokens[:-1]):
+        for piece, logits in session.graph.forward(tokens[:-1]):
             position += len(piece)
             yield _losses(logits, tokens[position - len(piece) + 1 : position + 1])
             advance(position, len(tokens) - 1)

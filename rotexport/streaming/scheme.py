@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from rotexport.errors import RecipeError
-from rotexport.quant.scheme import Group
+from rotexport.quant.scheme import CacheScheme
 from rotexport.streaming.cache import CacheFormat
 
 KINDS: Final = ("dense", "streaming")
@@ -51,37 +51,31 @@ class AttentionScheme:
         """Whether attention is to be swapped."""
         return self.kind == "streaming"
 
+    @property
+    def reach(self) -> int:
+        """Tokens of a stream up to which streaming attention sees all that dense attention sees."""
+        return self.sinks + self.window
 
-@dataclass(frozen=True)
-class StreamCache:
-    """The recipe section `kv_cache` as streaming attention reads it; formats are those of `CacheFormat`."""
 
-    key: str = "none"
-    value: str = "none"
-    group: Group = None
-    recent: int = 0
-    center: bool = False
-    clip: float = 1.0
+def stream_format(cache: CacheScheme, window: int) -> CacheFormat:
+    """Return how a ring of `window` slots stores what the recipe section `kv_cache` asks.
 
-    def format(self, window: int) -> CacheFormat:
-        """Return the format of a ring of `window` slots.
+    Raises:
+        RecipeError: streaming attention cannot store this.
 
-        Raises:
-            RecipeError: streaming attention cannot store this.
-
-        """
-        if self.key != self.value:
-            raise RecipeError(
-                f"kv_cache: streaming stores keys and values alike, not {self.key} and {self.value}; "
-                "give both one format"
-            )
-        if self.clip != 1.0:
-            raise RecipeError(
-                f"kv_cache.clip: streaming stores whole ranges, not {self.clip} of them; set it to 1"
-            )
-        if self.recent > window:
-            raise RecipeError(f"kv_cache.recent: {self.recent} tokens do not fit the window of {window}")
-        return CacheFormat.named(self.key, self.group, self.recent, self.center)
+    """
+    if cache.key != cache.value:
+        raise RecipeError(
+            f"kv_cache: streaming stores keys and values alike, not {cache.key} and {cache.value}; "
+            "give both one format"
+        )
+    if cache.clip != 1.0:
+        raise RecipeError(
+            f"kv_cache.clip: streaming stores whole ranges, not {cache.clip} of them; set it to 1"
+        )
+    if cache.recent > window:
+        raise RecipeError(f"kv_cache.recent: {cache.recent} tokens do not fit the window of {window}")
+    return CacheFormat.named(cache.key, cache.group, cache.recent, cache.center)
 
 
 def _is_int(value: Any) -> bool:

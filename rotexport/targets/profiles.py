@@ -1,9 +1,9 @@
-"""The shapes an engine accepts: every symbolic dimension of the cached graph, given by two limits."""
+"""The shapes an engine accepts: every symbolic dimension of the cached graph, given by a few limits."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, replace
+from typing import Final, TypeAlias
 
 import onnx
 
@@ -12,10 +12,14 @@ from rotexport.errors import TargetError
 Shapes: TypeAlias = dict[str, tuple[list[int], list[int], list[int]]]
 Range: TypeAlias = tuple[int, int, int]
 
+LOGIT_POSITIONS: Final = 16  # of a row, whose logits a streaming engine computes in one call
+
 
 @dataclass(frozen=True)
 class Profiles:
     """How large a call may be: `max_batch` rows, `max_length` tokens in all (cached and new).
+
+    `window` is that of a bounded cache, which takes any number of cached tokens and as many new ones.
 
     Raises:
         TargetError: a limit is not a positive number, or the length leaves no room for a cached token.
@@ -24,6 +28,7 @@ class Profiles:
 
     max_batch: int = 1
     max_length: int = 2048
+    window: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_batch < 1:
@@ -32,6 +37,10 @@ class Profiles:
             raise TargetError(
                 f"max length {self.max_length} is not at least 2 (one cached token and a new one)"
             )
+
+    def streaming(self, window: int) -> Profiles:
+        """Return the limits for a graph whose cache is bounded by `window`: calls are no longer than it."""
+        return replace(self, max_length=max(2, min(self.max_length, window)), window=window)
 
     def whole(self) -> dict[str, Range]:
         """Return (min, opt, max) of each dimension for one profile of all calls, best at single steps."""
@@ -46,7 +55,10 @@ class Profiles:
 
     def _ranges(self, new: Range, past: Range) -> dict[str, Range]:
         total = (1, min(new[1] + past[1], self.max_length), self.max_length)
-        return {"batch": (1, 1, self.max_batch), "sequence": new, "past": past, "total": total}
+        ranges = {"batch": (1, 1, self.max_batch), "sequence": new}
+        if self.window is None:
+            return ranges | {"past": past, "total": total}
+        return ranges | {"logit_count": (1, 1, min(LOGIT_POSITIONS, new[2]))}
 
 
 def input_shapes(model: onnx.ModelProto, ranges: dict[str, Range]) -> Shapes:

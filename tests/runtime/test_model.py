@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rotexport.errors import TargetError, ValidationError
 from rotexport.progress import anonymous_bytes
 from rotexport.runtime.model import OnnxModel, next_past, unpacked_bytes
+from rotexport.runtime.opening import open_graph
 
 VOCAB, WIDTH = 11, 4
 
@@ -105,12 +106,23 @@ def test_the_cache_continues_a_sequence(tmp_path, cache):
     assert np.abs(forgetful - rest).max() > 0.1
 
 
-def test_pieces_give_what_one_call_gives(decoder):
+def test_calls_that_share_a_cache_give_what_one_call_gives(decoder):
     model, meaning = decoder
-    pieces = model.run_in_pieces(IDS, [5, 1, 2])["logits"]
-    np.testing.assert_allclose(pieces[0], meaning(IDS[0]), rtol=1e-5)
+    graph = open_graph(model.path)
+    np.testing.assert_allclose(graph.logits(IDS[0], [5, 1, 2]), meaning(IDS[0]), rtol=1e-5)
+    assert graph.length == 8
+    assert graph.cache_bytes == 4 * (8 * WIDTH + WIDTH)
     with pytest.raises(ValueError, match="do not add up to 8"):
-        model.run_in_pieces(IDS, [5, 1])
+        graph.logits(IDS[0], [5, 1])
+
+
+def test_a_growing_cache_ends_with_the_context(decoder):
+    model, _ = decoder
+    (model.path.parent / "config.json").write_text('{"max_position_embeddings": 6}')
+    graph = open_graph(model.path)
+    graph.logits(IDS[0, :6])
+    with pytest.raises(ValidationError, match=r"6 \+ 1 tokens pass 5.*attention\.kind: streaming"):
+        graph.call(IDS[0, 6:7], [0])
 
 
 def test_windows_start_afresh(decoder):

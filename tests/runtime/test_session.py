@@ -26,20 +26,22 @@ def session(streaming_model: Path) -> Session:
 def test_within_the_window_it_is_the_model(session: Session, tiny: PreTrainedModel) -> None:
     with torch.no_grad():
         expected = tiny(torch.from_numpy(TOKENS[None, :12])).logits[0].numpy()
-    found = np.concatenate([logits for _, logits in session.forward(TOKENS[:12])])
+    found = np.concatenate([logits for _, logits in session.graph.forward(TOKENS[:12])])
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_steps_in_place_give_what_calls_with_two_buffers_give(session: Session) -> None:
     stepped = [session.step(token) for token in TOKENS]
     session.reset()
-    called = np.concatenate([session.call(TOKENS[:7], range(7)), session.call(TOKENS[7:], range(33))])
+    called = np.concatenate(
+        [session.graph.call(TOKENS[:7], range(7)), session.graph.call(TOKENS[7:], range(33))]
+    )
     np.testing.assert_allclose(stepped, called, atol=1e-5 * np.abs(called).max())
 
 
 def test_a_prompt_is_read_in_calls_of_at_most_the_window(session: Session) -> None:
-    assert session.call_tokens == 12
-    assert [len(tokens) for tokens, _ in session.forward(TOKENS)] == [12, 12, 12, 4]
+    assert session.graph.call_tokens == 12
+    assert [len(tokens) for tokens, _ in session.graph.forward(TOKENS)] == [12, 12, 12, 4]
     session.reset()
     last = session.prefill(TOKENS)
     session.reset()
@@ -91,11 +93,11 @@ def test_the_cache_is_as_large_as_said_and_does_not_grow(session: Session, tiny:
     assert before == layers * heads * size * (2 + 12) * 2 * 4
     assert before == graph_cache_bytes(streaming_graph(tiny))
     session.prefill(TOKENS)
-    assert sum(value.numpy().nbytes for value in session._current.values()) == before
+    assert sum(values.nbytes for values in session.graph.state().values()) == before
 
 
 def test_positions_end_where_the_tables_end(session: Session) -> None:
-    session.length = LAST_POSITION
+    session.graph.length = LAST_POSITION
     session.step(1)
     with pytest.raises(ValidationError, match=str(LAST_POSITION)):
         session.step(1)

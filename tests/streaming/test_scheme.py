@@ -3,8 +3,9 @@
 import pytest
 
 from rotexport.errors import RecipeError
+from rotexport.quant.scheme import CacheScheme
 from rotexport.streaming.cache import CacheFormat
-from rotexport.streaming.scheme import AttentionScheme, StreamCache
+from rotexport.streaming.scheme import AttentionScheme, stream_format
 
 
 def test_defaults_keep_dense_attention() -> None:
@@ -31,23 +32,22 @@ def test_nonsense_is_refused_with_its_value(values: dict[str, object], named: st
 
 
 def test_a_cache_section_names_a_format() -> None:
-    asked = StreamCache("int2", "int2", 16, recent=128, center=True)
-    assert asked.format(1020) == CacheFormat(2, 16, 128, True)
-    assert asked.format(1020).operator == "SinkWindowAttentionInt2Recent"
-    assert StreamCache().format(1).operator == "SinkWindowAttention"
+    asked = stream_format(CacheScheme("int2", "int2", 16, recent=128, center=True), 1020)
+    assert asked == CacheFormat(2, 16, 128, True)
+    assert asked.operator == "SinkWindowAttentionInt2Recent"
+    assert stream_format(CacheScheme(), 1).operator == "SinkWindowAttention"
 
 
 @pytest.mark.parametrize(
     ("section", "named"),
     [
-        (StreamCache("int8", "int4"), "int8 and int4"),
-        (StreamCache("fp8", "fp8"), "'fp8'"),
-        (StreamCache("int8", "int8", clip=0.9), "0.9"),
-        (StreamCache("int4", "int4", recent=30), "30 tokens"),
-        (StreamCache("int4", "int4", center=True), "kv_cache.recent"),
-        (StreamCache(recent=4), "quantized cache"),
+        (CacheScheme("int8", "int4"), "int8 and int4"),
+        (CacheScheme("int8", "int8", clip=0.9), "0.9"),
+        (CacheScheme("int4", "int4", recent=30), "30 tokens"),
+        (CacheScheme("int4", "int4", center=True), "kv_cache.recent"),
+        (CacheScheme(recent=4), "quantized cache"),
     ],
 )
-def test_what_streaming_cannot_store_is_refused(section: StreamCache, named: str) -> None:
+def test_what_streaming_cannot_store_is_refused(section: CacheScheme, named: str) -> None:
     with pytest.raises(RecipeError, match=named):
-        section.format(20)
+        stream_format(section, 20)
