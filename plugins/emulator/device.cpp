@@ -73,6 +73,29 @@ void combine_products(emulator::Lanes& lanes, uint32_t) {
 template void combine_products<Half>(emulator::Lanes& lanes, uint32_t mask);
 template void combine_products<BFloat16>(emulator::Lanes& lanes, uint32_t mask);
 
+// The fragments of mma.m16n8k32 of 8-bit elements: as above with four neighbours of a row of A, or of a
+// column of B, to a register.
+void combine_int8_products(emulator::Lanes& lanes, uint32_t) {
+  int8_t a[16][32];
+  int8_t b[8][32];  // by columns
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    const unsigned g = lane / 4;
+    const unsigned q = lane % 4;
+    for (unsigned i = 0; i < 4; ++i)
+      std::memcpy(&a[g + 8 * (i & 1)][4 * q + 16 * (i >> 1)], &lanes[lane].sent[i], 4);
+    for (unsigned i = 0; i < 2; ++i) std::memcpy(&b[g][4 * q + 16 * i], &lanes[lane].sent[4 + i], 4);
+  }
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    for (unsigned i = 0; i < 4; ++i) {
+      const unsigned row = lane / 4 + i / 2 * 8;
+      const unsigned column = lane % 4 * 2 + i % 2;
+      int32_t sum = 0;
+      for (unsigned k = 0; k < 32; ++k) sum += a[row][k] * b[column][k];
+      lanes[lane].received[i] = static_cast<uint32_t>(sum);
+    }
+  }
+}
+
 Status remember(const emulator::Fault& fault) {
   static thread_local std::string message;
   message = fault.what();

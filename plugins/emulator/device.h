@@ -131,6 +131,7 @@ void combine_matrices(emulator::Lanes& lanes, uint32_t mask);
 void combine_transposed_matrices(emulator::Lanes& lanes, uint32_t mask);
 template <class T>
 void combine_products(emulator::Lanes& lanes, uint32_t mask);
+void combine_int8_products(emulator::Lanes& lanes, uint32_t mask);
 
 template <class T>
 T shuffle(T value, unsigned lane, uint32_t mask = kFullMask, ROTEXPORT_SITE) {
@@ -204,6 +205,13 @@ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   const emulator::Payload products = emulator::Machine::instance().collective(
       "multiply_add", kFullMask, {a[0], a[1], a[2], a[3], b[0], b[1]}, combine_products<T>, site);
   for (int i = 0; i < 4; ++i) sums[i] += bits_float(products[i]);
+}
+
+inline void multiply_add_int8(int32_t (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                              ROTEXPORT_SITE) {
+  const emulator::Payload products = emulator::Machine::instance().collective(
+      "multiply_add_int8", kFullMask, {a[0], a[1], a[2], a[3], b[0], b[1]}, combine_int8_products, site);
+  for (int i = 0; i < 4; ++i) sums[i] = static_cast<int32_t>(static_cast<uint32_t>(sums[i]) + products[i]);
 }
 
 template <class T>

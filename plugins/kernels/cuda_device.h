@@ -218,6 +218,14 @@ ROTEXPORT_MMA(Half, "f16")
 ROTEXPORT_MMA(BFloat16, "bf16")
 #undef ROTEXPORT_MMA
 
+// The same for 8-bit integers: a is 16x32 and b 32x8, four elements to a register, sums wrap around.
+ROTEXPORT_DEVICE void multiply_add_int8(int32_t (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8"
+      ".s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // Four 8x8 matrices of 16-bit elements; lane 8i + r gives the index of row r of matrix i.
 template <class T>
 ROTEXPORT_DEVICE void load_matrices(uint32_t (&fragment)[4], const Shared<T>& from, unsigned row_index) {

@@ -150,8 +150,8 @@ ROTEXPORT_KERNEL void arrival_order(Global<float> y) {
   y.store(device::thread_index(), shared.load<float>(0));
 }
 
-// y (16x8) = a (16x16) . b (16x8): a through ldmatrix, b assembled by hand or through the transposing
-// ldmatrix, one warp.
+// y (16x8) = a (16x16) . b (16x8): a through ldmatrix, b assembled by hand or
+// through the transposing ldmatrix, one warp.
 template <class T, bool kTransposes>
 ROTEXPORT_KERNEL void product(Global<const T> a, Global<const T> b, Global<float> y) {
   using Row = Vector<uint32_t, 4>;
@@ -182,6 +182,19 @@ ROTEXPORT_KERNEL void product(Global<const T> a, Global<const T> b, Global<float
   for (unsigned i = 0; i < 4; ++i) {
     y.store((lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2, sums[i]);
   }
+}
+
+// y (16x8) = a (16x32) . b (8x32)^T in 8-bit integers, one warp.
+ROTEXPORT_KERNEL void integer_product(Global<const int8_t> a, Global<const int8_t> b, Global<int32_t> y) {
+  const unsigned g = device::thread_index() / 4;
+  const unsigned q = device::thread_index() % 4;
+  uint32_t left[4];
+  uint32_t right[2];
+  for (unsigned i = 0; i < 4; ++i) left[i] = a.load<uint32_t>((g + 8 * (i % 2)) * 32 + 16 * (i / 2) + 4 * q);
+  for (unsigned i = 0; i < 2; ++i) right[i] = b.load<uint32_t>(g * 32 + 16 * i + 4 * q);
+  int32_t sums[4] = {};
+  device::multiply_add_int8(sums, left, right);
+  for (unsigned i = 0; i < 4; ++i) y.store((g + i / 2 * 8) * 8 + 2 * q + i % 2, sums[i]);
 }
 
 using Floats = std::vector<float>;
@@ -325,6 +338,20 @@ int planted_run(const char* name, uint64_t schedule, unsigned number, float* val
   return 0;
 }
 
+void product_int8(const int8_t* a, const int8_t* b, int32_t* y) {
+  auto& machine = emulator::Machine::instance();
+  auto* device_a = static_cast<int8_t*>(machine.allocate(16 * 32, "a"));
+  auto* device_b = static_cast<int8_t*>(machine.allocate(8 * 32, "b"));
+  auto* device_y = static_cast<int32_t*>(machine.allocate(16 * 8 * sizeof(int32_t), "y"));
+  machine.upload(device_a, a, 16 * 32);
+  machine.upload(device_b, b, 8 * 32);
+  device::launch(integer_product, {1, 32, 0}, nullptr, Global<const int8_t>(device_a),
+                 Global<const int8_t>(device_b), Global<int32_t>(device_y));
+  machine.download(y, device_y, 16 * 8 * sizeof(int32_t));
+  for (void* buffer :
+       {static_cast<void*>(device_a), static_cast<void*>(device_b), static_cast<void*>(device_y)})
+    machine.release(buffer);
+}
 void product_half(const uint16_t* a, const uint16_t* b, float* y) {
   run_product<device::Half, false>(a, b, y);
 }

@@ -131,6 +131,17 @@ def test_matrix_instructions_multiply(planted: Planted, dtype: type, name: str, 
     assert np.all(np.abs(y - exact) <= 16 * 2.0**-24 * bound)
 
 
+def test_integer_matrix_instructions_multiply(planted: Planted) -> None:
+    """mma.m16n8k32 of int8, the outermost values among them, is exact."""
+    rng = np.random.default_rng(3)
+    a = rng.integers(-128, 127, (16, 32), np.int8, endpoint=True)
+    b = rng.integers(-128, 127, (8, 32), np.int8, endpoint=True)
+    a[0], b[0] = -128, -128
+    y = np.empty((16, 8), np.int32)
+    planted.library.product_int8(*(ctypes.c_void_p(array.ctypes.data) for array in (a, b, y)))
+    np.testing.assert_array_equal(y, a.astype(np.int64) @ b.astype(np.int64).T)
+
+
 @pytest.mark.parametrize(("dtype", "name"), [(np.float16, "halves"), (ml_dtypes.bfloat16, "bfloat16s")])
 def test_pairs_multiply_and_add_with_one_rounding(planted: Planted, dtype: type, name: str) -> None:
     compute = getattr(planted.library, f"multiply_add_{name}")
