@@ -100,6 +100,7 @@ def test_gradients_agree_with_finite_differences() -> None:
     split = split_blocks(rotated_graph("llama"))
     context, x = split.context(8), split.embed(TOKENS[:8])
     block = TorchBlock(split.blocks[0])
+    block.weights = {site: 30 * weight for site, weight in block.weights.items()}  # far from linear
     factor = torch.ones((), requires_grad=True)
 
     def loss(value: torch.Tensor) -> torch.Tensor:
@@ -112,7 +113,7 @@ def test_gradients_agree_with_finite_differences() -> None:
         slope = (loss(factor + step) - loss(factor - step)) / (2 * step)
     assert factor.grad is not None
     # Central differences of a smooth function: an error of order step squared.
-    torch.testing.assert_close(factor.grad, slope, rtol=5e-3, atol=0)
+    torch.testing.assert_close(factor.grad, slope, rtol=2e-3, atol=0)
 
 
 def test_a_block_that_reads_the_tokens_besides_its_input_is_refused() -> None:
