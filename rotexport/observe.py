@@ -14,7 +14,7 @@ from rotexport.quant.calibrate import InputStatistics, Probe, Run, calibrate
 from rotexport.runtime.model import OnnxModel
 from rotexport.streaming.centering import mean_keys
 
-BUDGET_BYTES = 512 << 20  # of activations that one run returns
+BUDGET_BYTES = 256 << 20  # of activations that one run returns
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def _runner(graph: gs.Graph, scratch: Scratch) -> Run:
     path = scratch.directory / "observed.onnx"
     save_model(graph, path, scratch)
 
-    def run(windows: Sequence[Array], names: Sequence[str]) -> Iterable[Mapping[str, Array]]:
+    def run(windows: Sequence[Array], names: Sequence[str]) -> Iterable[dict[str, Array]]:
         return OnnxModel(path, extra_outputs=names).forward_many(windows, names)
 
     return run

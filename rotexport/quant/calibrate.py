@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -13,7 +13,7 @@ from rotexport.graph.weights import Array
 from rotexport.quant.formats import NumberFormat, activation_format
 from rotexport.quant.scheme import ActivationScheme
 
-Run: TypeAlias = Callable[[Sequence[Array], Sequence[str]], Iterable[Mapping[str, Array]]]
+Run: TypeAlias = Callable[[Sequence[Array], Sequence[str]], Iterable[dict[str, Array]]]
 """Runs the graph on each window of token ids [S] (int64) from an empty cache and yields, window by window,
 the tensors asked for by name."""
 
@@ -113,7 +113,7 @@ def calibrate(
         collectors = {probe.tensor: _Collector(probe.channels) for probe in batch}
         for values in run(windows, list(collectors)):
             for name, collector in collectors.items():
-                collector.add(values[name], name)
+                collector.add(values.pop(name), name)
         for probe in batch:
             result = collectors[probe.tensor].result()
             statistics |= dict.fromkeys(probe.sites, result)
