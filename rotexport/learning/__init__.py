@@ -1,0 +1,1 @@
+"""Learning what a quantized network needs: rotations, affine transforms, clips, weights and scales."""

@@ -1,0 +1,128 @@
+"""What stands in a block for its quantizers while they are learned: weights, activations.
+
+Their forward values are those of the exported graph: weights bit for bit, since codes, factors and scales
+are made here once and multiplied in the order in which DequantizeLinear does.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rotexport.learning.lsq import lsq_gradient_factor, narrowed, round_clip, scale_gradient
+from rotexport.quant.formats import INT4, NumberFormat, activation_format
+from rotexport.quant.scales import LARGEST_FACTOR, QuantizedTensor
+from rotexport.quant.scheme import ActivationScheme
+
+SMALLEST_ROW_SCALE = 1e-10  # as in the graph
+MOST_CERTAIN_CLIP = 0.982  # sigmoid(4): where a clip of 1 begins, so that it has a gradient (OmniQuant)
+
+
+@dataclass(frozen=True)
+class WeightGrid:
+    """Where the codes of a weight lie: their format, the group, and the float type that keeps the scales."""
+
+    format: NumberFormat
+    group: int
+    scale_type: torch.dtype = torch.float32
+
+
+class LearnedWeight(nn.Module):
+    """A quantized weight [K, N] whose numbers, scales and (two-level) factors have gradients.
+
+    The trained number of an element is counted in units of its group's first scale, so that one learning
+    rate, in steps of the grid, fits every group of every model. Scales are trained by their logarithms.
+    """
+
+    first_scale: Tensor
+    first_channel: Tensor
+    first_factor: Tensor | None
+
+    def __init__(self, weight: Tensor, start: QuantizedTensor, grid: WeightGrid) -> None:
+        """Start from the codes of `start`, each as near to `weight` [K, N] as its code allows."""
+        super().__init__()
+        self.grid = grid
+        inputs, outputs = weight.shape
+        groups = inputs // grid.group
+        channel = torch.from_numpy(np.asarray(start.scales, np.float32)).reshape(-1, 1, outputs)
+        self.register_buffer("first_channel", channel)
+        factor = None
+        if start.factors is not None:
+            factor = torch.from_numpy(np.asarray(start.factors, np.float32)).reshape(groups, 1, outputs)
+        self.register_buffer("first_factor", factor)
+        self.register_buffer("first_scale", channel if factor is None else channel * factor)
+        self.channel = nn.Parameter(torch.zeros_like(channel))
+        self.factor = None if factor is None else nn.Parameter(torch.zeros_like(factor))
+        self.numbers = nn.Parameter(self._nearest(weight, start))
+
+    def _nearest(self, weight: Tensor, start: QuantizedTensor) -> Tensor:
+        """Return numbers [G, g, N] that round to the codes of `start`."""
+        groups = (-1, self.grid.group, weight.shape[1])
+        codes = torch.from_numpy(np.asarray(start.codes, np.float32)).reshape(groups)
+        offsets = (weight.reshape(groups) / self.first_scale - codes).clamp_(-0.49, 0.49)
+        return (codes + offsets).clamp_(self.grid.format.lowest, self.grid.format.highest)
+
+    def scales(self) -> tuple[Tensor, Tensor | None]:
+        """Return scales [1 or G, 1, N] and, in two levels, integer factors [G, 1, N]."""
+        highest, count = self.grid.format.highest, self.grid.group
+        balance = lsq_gradient_factor(count, highest)
+        scale = self.first_channel * scale_gradient(self.channel, balance).exp()
+        if self.grid.scale_type != torch.float32:
+            scale = narrowed(scale, self.grid.scale_type)
+        if self.factor is None or self.first_factor is None:
+            return scale, None
+        factor = self.first_factor * scale_gradient(self.factor, balance).exp()
+        return scale, round_clip(factor, 1, LARGEST_FACTOR)
+
+    def forward(self, weight: Tensor | None = None) -> Tensor:
+        """Return the dequantized weight [K, N]; `weight` is what it replaces, and not read."""
+        scale, factor = self.scales()
+        codes = self._codes(scale if factor is None else scale * factor)
+        values = codes * scale if factor is None else (codes * factor) * scale
+        return values.reshape(-1, values.shape[-1])
+
+    def _codes(self, scale: Tensor) -> Tensor:
+        steps = self.numbers * (self.first_scale / scale)
+        return round_clip(steps, self.grid.format.lowest, self.grid.format.highest)
+
+    @torch.no_grad()
+    def export(self) -> QuantizedTensor:
+        """Return the codes, scales and factors of the last forward pass."""
+        scale, factor = self.scales()
+        codes = self._codes(scale if factor is None else scale * factor)
+        storage = np.dtype(np.int8) if self.grid.format.storage == INT4 else self.grid.format.storage
+        outputs = codes.shape[-1]
+        return QuantizedTensor(
+            codes.reshape(-1, outputs).numpy().astype(storage).astype(self.grid.format.storage, copy=False),
+            scale.reshape(-1, outputs).numpy(),
+            None if factor is None else factor.reshape(-1, outputs).numpy(),
+        )
+
+
+class ActivationQuantizer(nn.Module):
+    """Quantizes activations [..., K] per token, or per token and group; its clip has a gradient."""
+
+    def __init__(self, scheme: ActivationScheme, group: int) -> None:
+        """Start from the scheme's clip; `group` channels share a scale."""
+        super().__init__()
+        self.format = activation_format(scheme.format)
+        self.group = group
+        start = min(scheme.clip, MOST_CERTAIN_CLIP)
+        self.logit = nn.Parameter(torch.tensor(math.log(start / (1 - start))))
+
+    @property
+    def clip(self) -> Tensor:
+        """The fraction of a row's largest magnitude that the highest code stands for."""
+        return self.logit.sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x as it comes back from quantization."""
+        rows = x.reshape(*x.shape[:-1], -1, self.group)
+        largest = rows.detach().abs().amax(-1, keepdim=True)
+        scale = (largest * (self.clip / self.format.highest)).clamp_min(SMALLEST_ROW_SCALE)
+        codes = round_clip(rows / scale, self.format.lowest, self.format.highest)
+        return (codes * scale).reshape(x.shape)
