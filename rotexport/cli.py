@@ -17,6 +17,9 @@ from rotexport.progress import Stages, Verbosity
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+WINDOW_LENGTH = 1024  # tokens of a window of `eval`
+WINDOW_OPTIONS = ("windows", "length")
+STREAM_OPTIONS = ("tokens", "bucket", "no_dense", "pytorch")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,12 +83,54 @@ def eval_command(options: argparse.Namespace) -> int:
     """Measure perplexity."""
     from rotexport.revalidate import evaluate_path
 
-    result = evaluate_path(options.model, options.text, options.windows, options.length, _stages(options))
+    _only_for(options, "stream", STREAM_OPTIONS, WINDOW_OPTIONS)
+    if options.stream:
+        return _eval_stream(options)
+    length = options.length or WINDOW_LENGTH
+    result = evaluate_path(options.model, options.text, options.windows, length, _stages(options))
     if options.json:
         print(json.dumps(result.to_dict()))
     else:
         print(f"perplexity {result.perplexity:.4f} over {result.windows} windows, {result.tokens} tokens")
     return 0
+
+
+def _eval_stream(options: argparse.Namespace) -> int:
+    from rotexport.revalidate import StreamRequest, evaluate_streams
+    from rotexport.streaming.evaluate import BUCKET
+
+    request = StreamRequest(
+        options.text, options.tokens, options.bucket or BUCKET, not options.no_dense, options.pytorch
+    )
+    folder = Path(options.model)
+    result = evaluate_streams(folder, request, _stages(options))
+    if options.json:
+        print(json.dumps(result.to_dict()))
+        return 0
+    ways = {"stream": result.stream, "window only": result.window_only, "dense": result.dense}
+    for name, way in ways.items():
+        if way is not None:
+            print(f"{name:<12} perplexity {way.perplexity:.4f} over {way.tokens} tokens")
+    print(f"by position: {folder / 'report.html'}")
+    return 0
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """Generate text."""
+    from rotexport.revalidate import tokenizer_of
+    from rotexport.runtime import Session
+    from rotexport.runtime.sampling import Sampling
+    from rotexport.runtime.text import Request, reply
+
+    sampling = Sampling(options.temperature, options.top_p, options.seed)
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    request = Request(prompt, options.max_new_tokens, sampling, options.chat)
+    tokenizer = tokenizer_of(options.output)
+    found = reply(Session(options.output), tokenizer, request, lambda text: print(text, end="", flush=True))
+    print(flush=True)
+    if options.stats:
+        print(found.text, file=sys.stderr)
+    return EXIT_INTERRUPTED if found.interrupted else 0
 
 
 def inspect_command(options: argparse.Namespace) -> int:
@@ -142,6 +187,7 @@ def parser() -> argparse.ArgumentParser:
     _add_build(verbs)
     _add_validate(verbs)
     _add_eval(verbs)
+    _add_run(verbs)
     _add_inspect(verbs)
     recipes = verbs.add_parser("recipes", help="list the recipes, or print one as YAML")
     recipes.add_argument("name", nargs="?", metavar="NAME", help="a recipe, or a YAML file")
@@ -197,10 +243,33 @@ def _add_eval(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     command.add_argument("model", metavar="OUT|MODEL", help="a build, or anything `build` takes")
     command.add_argument("--text", type=Path, metavar="FILE", required=True, help="text to predict")
     command.add_argument("--windows", type=int, metavar="N", help="windows from the start; all by default")
-    command.add_argument("--length", type=int, default=1024, metavar="N", help="tokens per window")
+    command.add_argument("--length", type=int, metavar="N", help=f"tokens per window ({WINDOW_LENGTH})")
     command.add_argument("--json", action="store_true", help="print one JSON line")
+    stream = command.add_argument_group("one continuous stream through a streaming build")
+    stream.add_argument("--stream", action="store_true", help="read the text as one stream, by position")
+    stream.add_argument("--tokens", type=int, metavar="N", help="tokens from the start; all by default")
+    stream.add_argument("--bucket", type=int, metavar="N", help="positions per reported figure")
+    stream.add_argument("--no-dense", action="store_true", help="leave out the PyTorch model beside it")
+    stream.add_argument("--pytorch", metavar="MODEL", help="where the PyTorch model is, if it has moved")
     _add_verbosity(command)
-    command.set_defaults(verb=eval_command)
+    command.set_defaults(verb=eval_command, complain=command.error)
+
+
+def _add_run(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = verbs.add_parser("run", help="generate text with a build, on ONNX Runtime")
+    command.add_argument("output", metavar="OUT", type=Path, help="what `rotexport build` made")
+    command.add_argument("prompt", metavar="PROMPT", help="text to continue; - reads standard input")
+    command.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="where to stop (256)")
+    command.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default)"
+    )
+    command.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest that share P"
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="K", help="of the draws")
+    command.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    command.add_argument("--stats", action="store_true", help="print speed and memory to standard error")
+    command.set_defaults(verb=run_command)
 
 
 def _add_inspect(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -231,6 +300,17 @@ def _add_plugins(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _add_verbosity(command: argparse.ArgumentParser) -> None:
     command.add_argument("-v", "--verbose", action="store_true", help="say more")
     command.add_argument("-q", "--quiet", action="store_true", help="print no progress")
+
+
+def _only_for(
+    options: argparse.Namespace, switch: str, with_it: Sequence[str], without: Sequence[str]
+) -> None:
+    """Refuse options that would be ignored: some mean nothing without a switch, others nothing beside it."""
+    wrong = without if getattr(options, switch) else with_it
+    for name in wrong:
+        if getattr(options, name):
+            flag, how = name.replace("_", "-"), "does not go with" if wrong is without else "needs"
+            options.complain(f"--{flag} {how} --{switch}")
 
 
 def _stages(options: argparse.Namespace) -> Stages:

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rotexport.checkpoint import open_checkpoint
-from rotexport.errors import RotexportError
+from rotexport.errors import RecipeError, RotexportError
 from rotexport.evaluate import Evaluation, LanguageModel, evaluate
 from rotexport.graph.io import Scratch, load_model
 from rotexport.graph.twin import runnable
+from rotexport.graph.weights import Array
 from rotexport.output import MARK, MODEL, write_json
 from rotexport.passes.base import Where
 from rotexport.passes.center_layernorms import CenterLayerNorms
 from rotexport.progress import Stages
 from rotexport.recipe import Recipe, parse_recipe
 from rotexport.reference import reference_model
-from rotexport.report import read_report
+from rotexport.report import read_report, write_report
 from rotexport.report.record import read_manifest
 from rotexport.report.serialize import to_plain
 from rotexport.runtime.opening import open_graph
+from rotexport.runtime.session import Session
+from rotexport.streaming.evaluate import (
+    BUCKET,
+    StreamComparison,
+    evaluate_dense,
+    evaluate_stream,
+    without_sinks,
+)
 from rotexport.texts import Samples, read_text, token_windows
 from rotexport.validate import Proof, StreamView, observe_reference, prove
 
@@ -48,11 +58,72 @@ def evaluate_path(model: str, text: Path, windows: int | None, length: int, stag
     with stages("open"):
         content = read_text(text)
         language_model, tokenizer = _open(model)
-        if tokenizer is None:
-            raise RotexportError(f"'{model}' has no tokenizer to read '{text}' with")
         ids = token_windows(tokenizer, content, length, windows)
     with stages("evaluate") as stage:
         return evaluate(language_model, ids, stage.advance)
+
+
+@dataclass(frozen=True)
+class StreamRequest:
+    """What to read as one stream: `tokens` of a text (None for all), reported by `bucket` of positions.
+
+    `dense` asks for the PyTorch model beside it, which is at `model`, by default where it was at the build.
+    """
+
+    text: Path
+    tokens: int | None = None
+    bucket: int = BUCKET
+    dense: bool = True
+    model: str | None = None
+
+
+def evaluate_streams(folder: Path, request: StreamRequest, stages: Stages) -> StreamComparison:
+    """Read a text as one stream through a streaming build, with and without its sinks; add it to the report.
+
+    Raises:
+        RotexportError: the build does not stream, the text is too short, or the PyTorch model is gone.
+
+    """
+    with stages("open"):
+        manifest = read_manifest(folder)
+        recipe = parse_recipe(str(manifest["recipe"]), str(folder / MARK))
+        if not recipe.attention.streaming:
+            raise RecipeError(f"'{folder}' is dense; build it with --set attention.kind=streaming")
+        report = read_report(folder)
+        checkpoint = open_checkpoint(request.model or str(manifest["source"])) if request.dense else None
+        tokens = _stream_tokens(folder, request)
+    with stages("stream") as stage:
+        stream = evaluate_stream(Session(folder), tokens, request.bucket, stage.advance)
+    window_only = dense = None
+    if recipe.attention.sinks:
+        with stages("window only") as stage, without_sinks(folder / MODEL) as path:
+            window_only = evaluate_stream(Session(path), tokens, request.bucket, stage.advance)
+    if checkpoint is not None:
+        with stages("dense") as stage:
+            model = reference_model(checkpoint)
+            dense = evaluate_dense(model, tokens, bucket=request.bucket, advance=stage.advance)
+    found = StreamComparison(request.text.name, stream, window_only, dense)
+    write_report(replace(report, stream=found), folder)
+    return found
+
+
+def _stream_tokens(folder: Path, request: StreamRequest) -> Array:
+    tokenizer, text = tokenizer_of(folder), read_text(request.text)
+    length, count = (1, None) if request.tokens is None else (request.tokens, 1)
+    return token_windows(tokenizer, text, length, count).reshape(-1)
+
+
+def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a build.
+
+    Raises:
+        RotexportError: it has none.
+
+    """
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise RotexportError(f"'{folder}' has no tokenizer: its model came without one")
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    return tokenizer
 
 
 def revalidate(folder: Path, text: Path | None, model: str | None, stages: Stages) -> Proof:
@@ -95,11 +166,11 @@ def _view(folder: Path, recipe: Recipe) -> StreamView:
     return StreamView.after(recipe.rotations.r1.transform(report.model.width) if rotated else None, centered)
 
 
-def _open(model: str) -> tuple[LanguageModel, PreTrainedTokenizerBase | None]:
-    if not is_build(model):
-        checkpoint = open_checkpoint(model)
-        return reference_model(checkpoint), checkpoint.tokenizer()
-    folder = Path(model)
-    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
-    return open_graph(folder / MODEL), tokenizer
+def _open(model: str) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
+    if is_build(model):
+        return open_graph(Path(model) / MODEL), tokenizer_of(Path(model))
+    checkpoint = open_checkpoint(model)
+    tokenizer = checkpoint.tokenizer()
+    if tokenizer is None:
+        raise RotexportError(f"'{model}' has no tokenizer to read a text with")
+    return reference_model(checkpoint), tokenizer

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from rotexport.metrics import Comparison
 from rotexport.progress import StageRecord
+from rotexport.streaming.evaluate import StreamComparison
 from rotexport.validate import Proof
 
 
@@ -98,6 +99,7 @@ class BuildReport:
         inputs: SHA-256 of the files that went in, by name.
         recipe_text: the resolved recipe as YAML.
         text: what the tokens of the proof were taken from, in words.
+        stream: a long text read as one stream, once somebody asked for it.
         cache_bytes_per_token: by which a token lets the key/value cache of all layers grow.
         cache_bytes: of a bounded cache, per row, however long the stream.
 
@@ -123,5 +125,6 @@ class BuildReport:
     passes: tuple[PassSummary, ...] = ()
     outliers: tuple[SiteOutliers, ...] = ()
     proof: Proof | None = None
+    stream: StreamComparison | None = None
     engines: tuple[EngineSummary, ...] = ()
     notes: tuple[str, ...] = ()

@@ -20,6 +20,7 @@ def render(report: BuildReport) -> str:
         _tiles(report),
         _in_short(report),
         sections.fidelity(report),
+        sections.stream(report.stream),
         sections.outliers(report.outliers),
         sections.rotations(report),
         sections.passes(report),

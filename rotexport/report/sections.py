@@ -11,6 +11,7 @@ from rotexport.metrics import Comparison
 from rotexport.report.charts import Axes, Bar, Series, bar_chart, legend, line_chart
 from rotexport.report.data import BuildReport, KernelCount, PassSummary, SiteOutliers, TransformSummary
 from rotexport.report.markup import decibels, duration, figure, size, some, table
+from rotexport.streaming.evaluate import StreamComparison
 from rotexport.validate import DIVERGED_DB, Proof
 
 ROTATIONS = {
@@ -75,6 +76,40 @@ def _blocks(proof: Proof) -> str:
         "<p>Each block's output against PyTorch's: the power of the signal over that of the error, in "
         f"decibels. 20 dB is an error of a tenth, 40 dB of a hundredth.{drawn}</p>\n"
         f"{legend([median, worst])}\n{line_chart([median, worst], axes)}\n"
+    )
+
+
+def stream(found: StreamComparison | None) -> str:
+    """Perplexity along one long stream, beside a dense model's and one without sinks."""
+    if found is None:
+        return ""
+    ways = [
+        ("sinks and window" if found.window_only else "window", "after", found.stream),
+        ("window only", "before", found.window_only),
+        ("dense", "faint", found.dense),
+    ]
+    shown = [(name, style, way) for name, style, way in ways if way is not None]
+    lines = [
+        Series(name, style, [(bucket.stop - 1, bucket.perplexity) for bucket in way.buckets])
+        for name, style, way in shown
+    ]
+    rows = [
+        [
+            f"{bucket.start:,} to {bucket.stop - 1:,}",
+            *(figure(way.buckets[i].perplexity) for _, _, way in shown),
+        ]
+        for i, bucket in enumerate(found.stream.buckets)
+    ]
+    rows.append(["all", *(figure(way.perplexity) for _, _, way in shown)])
+    dense = " The dense model reads the last tokens anew for every few it predicts." if found.dense else ""
+    memory = size(found.stream.cache_bytes) if found.stream.cache_bytes else ""
+    return (
+        "<h2>Along a stream</h2>\n"
+        f"<p>{found.stream.tokens:,} tokens of {escape(found.text)}, read as one stream with a cache that "
+        f"stays at {memory}: perplexity by position.{dense}</p>\n"
+        f"{legend(lines)}\n{line_chart(lines, Axes('position', 'perplexity', log_y=True))}\n"
+        f"<details><summary>Figures</summary>{table(['Tokens', *(name for name, _, _ in shown)], rows)}"
+        "</details>\n"
     )
 
 

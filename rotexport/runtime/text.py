@@ -45,6 +45,15 @@ class Statistics:
     cache_bytes: int
     interrupted: bool
 
+    @property
+    def text(self) -> str:
+        """The figures in one line."""
+        pace = f", {1e3 * self.seconds_per_token:.1f} ms per token" if self.new_tokens > 1 else ""
+        return (
+            f"{self.prompt_tokens} prompt tokens in {self.prompt_seconds:.2f} s; "
+            f"{self.new_tokens} new tokens{pace}; cache {self.cache_bytes / 1e6:.1f} MB"
+        )
+
 
 def reply(
     session: Session, tokenizer: Tokenizer, request: Request, emit: Callable[[str], None]

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from rotexport.graph.weights import Array
 
 BUCKET = 4096
-DENSE_WINDOW = 1024
-DENSE_STRIDE = 256
 
 Advance: TypeAlias = "Callable[[int, int], None]"
 
@@ -62,6 +60,37 @@ class StreamEvaluation:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Rereading:
+    """How a model without a cache follows a stream: every `stride` tokens it reads the last `window` anew."""
+
+    window: int = 1024
+    stride: int = 256
+
+    def __post_init__(self) -> None:
+        if not 0 < self.stride <= self.window:
+            raise ValidationError(f"a stride of {self.stride} does not fit a window of {self.window} tokens")
+
+
+@dataclass(frozen=True)
+class StreamComparison:
+    """A text read as one stream by a build, by the same build without its sinks, and by the dense model.
+
+    `window_only` is None where a build has no sinks, `dense` where the dense model was left out.
+    """
+
+    text: str
+    stream: StreamEvaluation
+    window_only: StreamEvaluation | None = None
+    dense: StreamEvaluation | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the stream's own fields, and the others' beside them, ready for JSON."""
+        others = {"window_only": self.window_only, "dense": self.dense}
+        beside = {name: found and found.to_dict() for name, found in others.items()}
+        return {"text": self.text, **self.stream.to_dict(), **beside}
+
+
 def evaluate_stream(
     session: Session, tokens: Array, bucket: int = BUCKET, advance: Advance = lambda done, of: None
 ) -> StreamEvaluation:
@@ -86,20 +115,20 @@ def evaluate_stream(
 def evaluate_dense(
     model: LanguageModel,
     tokens: Array,
-    window: int = DENSE_WINDOW,
-    stride: int = DENSE_STRIDE,
     bucket: int = BUCKET,
+    advance: Advance = lambda done, of: None,
+    reading: Rereading | None = None,
 ) -> StreamEvaluation:
-    """Predict every token of [N] by a dense model that reads the last `window` tokens anew each `stride`."""
-    if not 0 < stride <= window:
-        raise ValidationError(f"a stride of {stride} does not fit a window of {window} tokens")
+    """Predict every token of [N] by a dense model that has no cache, and reads anew instead."""
+    reading = reading or Rereading()
 
     def predictions() -> Iterator[Array]:
-        for start in range(0, len(tokens) - 1, stride):
-            stop = min(start + stride, len(tokens) - 1)
-            seen = tokens[max(0, stop - window) : stop]
+        for start in range(0, len(tokens) - 1, reading.stride):
+            stop = min(start + reading.stride, len(tokens) - 1)
+            seen = tokens[max(0, stop - reading.window) : stop]
             logits = next_token_logits(model, seen)[len(seen) - (stop - start) :]
             yield _losses(logits, tokens[start + 1 : stop + 1])
+            advance(stop, len(tokens) - 1)
 
     return _collect(predictions(), tokens, bucket, None)
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from rotexport.errors import ValidationError
 from rotexport.runtime.session import Session
-from rotexport.streaming.evaluate import evaluate_dense, evaluate_stream, without_sinks
+from rotexport.streaming.evaluate import Rereading, evaluate_dense, evaluate_stream, without_sinks
 
 TOKENS = np.random.default_rng(0).integers(0, 96, 45)
 
@@ -38,7 +38,7 @@ def test_buckets_cover_the_stream_without_gaps(streaming_model: Path) -> None:
 
 
 def test_the_dense_model_predicts_from_the_last_tokens_only(tiny: PreTrainedModel) -> None:
-    found = evaluate_dense(tiny, TOKENS, window=16, stride=4, bucket=8)
+    found = evaluate_dense(tiny, TOKENS, bucket=8, reading=Rereading(window=16, stride=4))
     expected = []
     for start in range(0, 44, 4):
         stop = start + 4
@@ -59,8 +59,8 @@ def test_window_only_is_the_same_graph_that_sees_no_sinks(streaming_model: Path)
     assert np.abs(later[0] - later[1]).max() > 1e-4
 
 
-def test_a_stream_that_predicts_nothing_is_refused(streaming_model: Path, tiny: PreTrainedModel) -> None:
+def test_a_stream_that_predicts_nothing_is_refused(streaming_model: Path) -> None:
     with pytest.raises(ValidationError, match="1 tokens"):
         evaluate_stream(Session(streaming_model, threads=1), TOKENS[:1])
     with pytest.raises(ValidationError, match="stride of 20"):
-        evaluate_dense(tiny, TOKENS, window=16, stride=20)
+        Rereading(window=16, stride=20)
