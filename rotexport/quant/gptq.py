@@ -1,0 +1,155 @@
+"""GPTQ (arXiv 2210.17323) as QuaRot uses it on rotated inputs, with refinements on the same objective.
+
+A product y = x W with W [K, N] and inputs whose second moments are H = E[xᵀx] [K, K] loses
+
+    E |x (Q - W)|² = sum over output channels n of (q_n - w_n)ᵀ H (q_n - w_n).
+
+GPTQ fixes one input channel after the other and lets those that are still free make up for its error: with
+U upper triangular and UᵀU = H⁻¹, rounding row j by e = (w_j - q_j) / U_jj moves row k > j by -e U_jk. What that
+leaves is then lowered further: every code in turn takes the best value given all others (coordinate descent),
+and scales the value of least squares given all codes. None of these steps can raise the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+
+from rotexport.errors import RecipeError
+from rotexport.graph.weights import Array
+from rotexport.quant.grids import Grid
+
+ORDERS: Final = ("natural", "activation")
+
+
+@dataclass(frozen=True)
+class GptqSettings:
+    """How GPTQ runs.
+
+    `damping` times the mean of H's diagonal is added to it. `order` "activation" quantizes input channels by
+    falling second moment. `sweeps` counts rounds of coordinate descent with refitted scales afterwards.
+    `feedback` aims at the float network's outputs from the quantized network's inputs, instead of at the
+    float weight. Updates reach beyond `block` rows once per block, which changes speed only.
+    """
+
+    damping: float = 0.01
+    order: str = "natural"
+    sweeps: int = 3
+    feedback: bool = True
+    block: int = 128
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.damping, int | float) or not 0 < self.damping <= 1:
+            raise RecipeError(f"gptq.damping: {self.damping!r} is not above 0 and at most 1")
+        if self.order not in ORDERS:
+            raise RecipeError(f"gptq.order: {self.order!r} is not one of {', '.join(ORDERS)}")
+        if not isinstance(self.sweeps, int) or self.sweeps < 0:
+            raise RecipeError(f"gptq.sweeps: {self.sweeps!r} is not a number of rounds")
+        if not isinstance(self.feedback, bool):
+            raise RecipeError(f"gptq.feedback: {self.feedback!r} is not true or false")
+        if not isinstance(self.block, int) or self.block < 1:
+            raise RecipeError(f"gptq.block: {self.block!r} is not a positive number of rows")
+
+
+def damped(hessian: Array, damping: float) -> Array:
+    """Return H with `damping` times its mean diagonal added, and ones where an input never fired."""
+    result = hessian.copy()
+    diagonal = result.diagonal().copy()
+    extra = damping * diagonal.mean() + (diagonal == 0)
+    result[np.diag_indices_from(result)] += extra
+    return result
+
+
+def loss(weight: Array, quantized: Array, hessian: Array) -> float:
+    """Return sum of (q - w)ᵀ H (q - w) over output channels, for matrices [K, N]."""
+    error = quantized - weight
+    return float(np.vdot(error, hessian @ error))
+
+
+def gptq(weight: Array, hessian: Array, grid: Grid, settings: GptqSettings) -> Array:
+    """Quantize a matrix [K, N] onto `grid`, whose scales are fitted on the way; return codes [K, N] as floats.
+
+    `hessian` [K, K] is positive definite (see `damped`). Everything is computed in the type of `weight`.
+    """
+    permutation = np.arange(len(weight))
+    if settings.order == "activation":
+        grid.fit_all(weight, hessian.diagonal().astype(weight.dtype))
+        permutation = np.argsort(-hessian.diagonal(), kind="stable")
+    upper = inverse_factor(hessian[np.ix_(permutation, permutation)]).astype(weight.dtype)
+    remaining = weight[permutation]
+    importance = upper.diagonal() ** -2
+    codes = np.empty_like(remaining)
+    for start, stop in _spans(len(weight), grid.group, settings.block):
+        errors = np.empty_like(remaining[start:stop])
+        for row in range(start, stop):
+            if settings.order == "natural" and row % grid.group == 0:
+                members = slice(row, row + grid.group)
+                grid.fit(row // grid.group, remaining[members], importance[members])
+            scale = grid.scales(permutation[row] // grid.group)
+            codes[row] = grid.format.round(remaining[row] / scale)
+            errors[row - start] = (remaining[row] - codes[row] * scale) / upper[row, row]
+            remaining[row + 1 : stop] -= np.outer(upper[row, row + 1 : stop], errors[row - start])
+        remaining[stop:] -= upper[start:stop, stop:].T @ errors
+    ordered = np.empty_like(codes)
+    ordered[permutation] = codes
+    return ordered
+
+
+def descend(weight: Array, codes: Array, hessian: Array, grid: Grid, settings: GptqSettings) -> Array:
+    """Return better codes: rounds of coordinate descent, scales refitted before each and at the end."""
+    codes = codes.copy()
+    hessian = hessian.astype(weight.dtype)
+    target = hessian @ weight
+    for _ in range(settings.sweeps):
+        grid.refit(codes, hessian, target)
+        _sweep(codes, hessian, target, grid, settings.block)
+    if settings.sweeps:
+        grid.refit(codes, hessian, target)
+    return codes
+
+
+def _sweep(codes: Array, hessian: Array, target: Array, grid: Grid, block: int) -> None:
+    """Set every row of codes, in place, to the nearest codes of its optimum given all other rows."""
+    scales = grid.expanded(len(codes))
+    slope = hessian @ (codes * scales) - target  # half the gradient
+    diagonal = hessian.diagonal()
+    for start in range(0, len(codes), block):
+        stop = min(start + block, len(codes))
+        local, moves = slope[start:stop], np.empty_like(slope[start:stop])
+        for row in range(start, stop):
+            place = row - start
+            best = codes[row] - local[place] / (diagonal[row] * scales[row])
+            new = grid.format.round(best)
+            moves[place] = (new - codes[row]) * scales[row]
+            codes[row] = new
+            local[place + 1 :] += np.outer(hessian[row, row + 1 : stop], moves[place])
+        slope[stop:] += hessian[stop:, start:stop] @ moves
+
+
+def inverse_factor(hessian: Array) -> Array:
+    """Return U, upper triangular in float64, with UᵀU = H⁻¹.
+
+    H turned by 180 degrees is L Lᵀ; turned back, H = R Rᵀ with R upper triangular, so U = R⁻¹ is, too.
+    """
+    turned = torch.linalg.cholesky(torch.from_numpy(hessian[::-1, ::-1].astype(np.float64)))
+    identity = torch.eye(len(turned), dtype=torch.float64)
+    result: Array = torch.linalg.solve_triangular(turned, identity, upper=False).numpy()
+    return result[::-1, ::-1]
+
+
+def _spans(length: int, group: int, block: int) -> Iterator[tuple[int, int]]:
+    """Yield spans of at most `block` rows such that a group of rows always begins where a span does.
+
+    Its scale is fitted on rows that all earlier errors have reached. Groups shorter than a block share one:
+    inside a span every row is up to date.
+    """
+    step = max(1, block // group) * group if group <= block else group
+    for outer in range(0, length, step):
+        end = min(outer + step, length)
+        inner = step if group <= block else block
+        for start in range(outer, end, inner):
+            yield start, min(start + inner, end)
