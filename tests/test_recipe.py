@@ -71,6 +71,11 @@ def test_the_last_matching_override_wins_and_the_head_stays_float() -> None:
         ({"activations": {"format": "int8"}}, "needs quantized weights"),
         ({"thresholds": {"kl": "small"}}, "thresholds.kl: 'small' is not a number"),
         ({"overrides": [{"weights": {"format": "int8"}}]}, "needs a `site`"),
+        ({"attention": {"kind": "streaming", "widow": 4}}, "unknown key 'attention.widow'"),
+        ({"kv_cache": {"key": "int2"}}, "kv_cache.key: int2 needs a bounded cache"),
+        ({"kv_cache": {"recent": 8}}, "kv_cache.recent: 8 needs a bounded cache"),
+        ({"kv_cache": {"center": "yes"}}, "kv_cache.center: 'yes'"),
+        ({"attention": {"kind": "streaming"}, "kv_cache": {"key": "int8"}}, "int8 and none"),
     ],
 )
 def test_nonsense_is_refused_by_name(mapping, message: str) -> None:

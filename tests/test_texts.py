@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rotexport.errors import RotexportError
-from rotexport.texts import default_text, random_windows, read_text, token_windows
+from rotexport.texts import Samples, default_text, random_windows, read_text, token_windows
 
 
 class Letters:
@@ -65,3 +65,13 @@ def test_a_text_that_cannot_be_used(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(RotexportError, match=message):
         read_text(path)
+
+
+def test_a_bounded_cache_is_proved_on_what_it_holds():
+    windows = random_windows(7, 10, 4)
+    samples = Samples(windows[0], windows[1:3], windows[3:], "random tokens")
+    within = samples.within(6)
+    assert (within.tokens.size, within.windows.shape, within.calibration.shape) == (6, (2, 6), (1, 10))
+    assert samples.within(20).tokens.size == 10
+    with pytest.raises(RotexportError, match="cache of 1 tokens"):
+        samples.within(1)

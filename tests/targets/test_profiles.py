@@ -21,6 +21,12 @@ def test_every_dynamic_input_gets_shapes():
     }
 
 
+def test_a_bounded_cache_takes_calls_up_to_its_window():
+    ranges = Profiles(max_batch=2, max_length=2048).streaming(1020).whole()
+    assert ranges == {"batch": (1, 1, 2), "sequence": (1, 1, 1020), "logit_count": (1, 1, 16)}
+    assert Profiles(max_length=64).streaming(1020).whole()["sequence"] == (1, 1, 64)
+
+
 def test_prompts_and_steps_apart():
     prompts, steps = Profiles(max_batch=1, max_length=64).split()
     assert prompts["sequence"][2] == 64
