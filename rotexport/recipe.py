@@ -18,6 +18,7 @@ import yaml
 
 from rotexport.errors import RecipeError
 from rotexport.metrics import Thresholds
+from rotexport.quant.gptq import GptqSettings
 from rotexport.quant.scheme import ActivationScheme, CacheScheme, WeightScheme
 from rotexport.streaming.scheme import AttentionScheme, stream_format
 from rotexport.transforms.transform import Hadamard, OrthogonalMatrix, Transform
@@ -119,6 +120,7 @@ class Recipe:
     rotations: Rotations = Rotations()
     weights: WeightScheme = field(default_factory=WeightScheme)
     activations: ActivationScheme = field(default_factory=ActivationScheme)
+    gptq: GptqSettings = field(default_factory=GptqSettings)
     kv_cache: CacheScheme = field(default_factory=CacheScheme)
     attention: AttentionScheme = field(default_factory=AttentionScheme)
     overrides: tuple[Override, ...] = ()
@@ -165,6 +167,7 @@ class Recipe:
 SECTIONS: Final[Mapping[str, type]] = {
     "weights": WeightScheme,
     "activations": ActivationScheme,
+    "gptq": GptqSettings,
     "kv_cache": CacheScheme,
     "attention": AttentionScheme,
     "thresholds": Thresholds,

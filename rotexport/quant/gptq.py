@@ -5,9 +5,9 @@ A product y = x W with W [K, N] and inputs whose second moments are H = E[xᵀx]
     E |x (Q - W)|² = sum over output channels n of (q_n - w_n)ᵀ H (q_n - w_n).
 
 GPTQ fixes one input channel after the other and lets those that are still free make up for its error: with
-U upper triangular and UᵀU = H⁻¹, rounding row j by e = (w_j - q_j) / U_jj moves row k > j by -e U_jk. What that
-leaves is then lowered further: every code in turn takes the best value given all others (coordinate descent),
-and scales the value of least squares given all codes. None of these steps can raise the loss.
+U upper triangular and UᵀU = H⁻¹, rounding row j by e = (w_j - q_j) / U_jj moves row k > j by -e U_jk. What
+that leaves is then lowered further: every code in turn takes the best value given all others (coordinate
+descent), and scales the value of least squares given all codes. None of these steps can raise the loss.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def loss(weight: Array, quantized: Array, hessian: Array) -> float:
 
 
 def gptq(weight: Array, hessian: Array, grid: Grid, settings: GptqSettings) -> Array:
-    """Quantize a matrix [K, N] onto `grid`, whose scales are fitted on the way; return codes [K, N] as floats.
+    """Quantize a matrix [K, N] onto `grid`, fitting its scales on the way; return codes [K, N] as floats.
 
     `hessian` [K, K] is positive definite (see `damped`). Everything is computed in the type of `weight`.
     """

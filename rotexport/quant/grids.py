@@ -61,8 +61,8 @@ class Grid(ABC):
 
     def stored(self, codes: Array) -> Array:
         """Return codes in their storage type."""
-        narrow = codes.astype(np.int8) if self.format.storage == INT4 else codes
-        return narrow.astype(self.format.storage)
+        narrow: Array = codes.astype(np.int8) if self.format.storage == INT4 else codes
+        return narrow.astype(self.format.storage, copy=False)
 
 
 class FreeScales(Grid):
@@ -80,7 +80,8 @@ class FreeScales(Grid):
         self._scales[index] = _best(rows, importance, candidates, self.format)
 
     def scales(self, index: int) -> Array:
-        return self._scales[index]
+        scales: Array = self._scales[index]
+        return scales
 
     def refit(self, codes: Array, hessian: Array, target: Array) -> None:
         groups = len(self._scales)
@@ -118,7 +119,8 @@ class IntegerFactors(Grid):
         np.rint(self._factors[index], out=self._factors[index])
 
     def scales(self, index: int) -> Array:
-        return self._factors[index] * self._channel
+        scales: Array = self._factors[index] * self._channel
+        return scales
 
     def refit(self, codes: Array, hessian: Array, target: Array) -> None:
         values = codes * np.repeat(self._factors, self.group, axis=0)
@@ -134,7 +136,7 @@ class IntegerFactors(Grid):
 def _best(rows: Array, importance: Array, candidates: Array, number_format: NumberFormat) -> Array:
     """Return, of candidate scales [C, N], those with the least weighted squared error on rows [g, N]."""
     least = np.full(rows.shape[1], np.inf, rows.dtype)
-    best = candidates[0].copy()
+    best: Array = candidates[0].copy()
     for scale in candidates:
         error = number_format.fake_quantize(rows, scale) - rows
         total = importance @ np.square(error)

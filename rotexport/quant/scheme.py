@@ -11,7 +11,7 @@ Group: TypeAlias = int | Literal["auto"] | None
 
 LINEAR_FORMATS: Final = ("none", "int8", "int4", "fp8")
 CACHE_FORMATS: Final = ("none", "int8", "int4", "int2")
-METHODS: Final = ("rtn", "search")
+METHODS: Final = ("rtn", "search", "gptq")
 MODES: Final = ("static", "dynamic")
 OBSERVERS: Final = ("max", "percentile", "mse")
 AUTO_GROUPS: Final = (64, 32, 16)
@@ -23,7 +23,8 @@ class WeightScheme:
     """How the matrix of a site is stored.
 
     `group` counts input channels that share a scale; None is one scale per output channel. `method` is
-    "rtn" (scale from the largest magnitude) or "search" (scale of least squared error).
+    "rtn" (scale from the largest magnitude), "search" (scale of least squared error) or "gptq" (least error
+    of the layer's output on calibration text; outside blocks, as the head is, "search").
     """
 
     format: str = "none"

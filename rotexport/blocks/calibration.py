@@ -1,0 +1,252 @@
+"""Choosing weights block by block: one block of weights and activations in memory, the stream on disk.
+
+Two streams of calibration activations pass through the network: the float one, and that of the network as
+it will be exported, with its weights and activations quantized up to the present block. A method sees both at
+every block. What it chose, and both streams behind it, are on disk before the next block begins, so that a
+run that was interrupted continues there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import torch
+from torch import Tensor
+
+from rotexport.blocks.fake_quant import CacheQuantizer, DynamicQuantizer, StaticQuantizer
+from rotexport.blocks.split import BlockGraph, Split, split_blocks
+from rotexport.blocks.stream import Stream
+from rotexport.blocks.torch_block import Edit, Edits, TorchBlock
+from rotexport.errors import OutputError
+from rotexport.graph.sites import linears
+from rotexport.graph.weights import Array, weight_of
+from rotexport.quant.calibrate import InputStatistics
+from rotexport.quant.formats import activation_format, weight_format
+from rotexport.quant.plan import SitePlan
+from rotexport.quant.scales import QuantizedTensor, WeightQuantizer
+from rotexport.quant.scheme import CacheScheme, group_size
+from rotexport.quant.solved import SolvedWeight, dequantized, save_solved
+
+Advance = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockTask:
+    """One block to quantize.
+
+    `float_inputs` and `inputs` are what enters it in the float and in the quantized network, `targets` what
+    leaves it in the float one, each a `Stream`. `edits` hold the quantizers of activations and cache that the
+    exported graph has; `plan` the block's sites.
+    """
+
+    block: TorchBlock
+    context: Mapping[str, Tensor]
+    float_inputs: Stream
+    inputs: Stream
+    targets: Stream
+    plan: Mapping[str, SitePlan]
+    edits: Edits
+
+
+class BlockMethod(Protocol):
+    """A way to choose the codes of a block."""
+
+    def solve(self, task: BlockTask) -> tuple[dict[str, QuantizedTensor], dict[str, Any]]:
+        """Return the quantized weights of sites, and figures by site for the report.
+
+        May leave anything in `task.block.weights`; fills `task.targets`.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A float decoder graph and how it will be quantized."""
+
+    graph: gs.Graph
+    plan: Sequence[SitePlan]
+    statistics: Mapping[str, InputStatistics]
+    cache: CacheScheme
+
+    def edits(self, block: BlockGraph) -> Edits:
+        """Return the activation and cache quantizers of a block."""
+        planned = {site.site: site for site in self.plan}
+        inputs: dict[str, Edit] = {}
+        shared: dict[object, Edit] = {}
+        for site in block.sites:
+            quantizer = self._activation(planned[site.name])
+            if quantizer is not None:
+                inputs[site.name] = shared.setdefault((site.input.name, quantizer), quantizer)
+        return Edits(inputs, {}, self._attention(block))
+
+    def _activation(self, site: SitePlan) -> Edit | None:
+        scheme = site.activations
+        if not scheme.enabled:
+            return None
+        number_format = activation_format(scheme.format)
+        if scheme.mode == "dynamic":
+            return DynamicQuantizer(number_format, scheme.clip, site.activation_group)
+        return StaticQuantizer(number_format, self.statistics[site.site].static_scale(scheme))
+
+    def _attention(self, block: BlockGraph) -> dict[str, Edit]:
+        sizes = [int(node.inputs[1].shape[-1]) for node in block.nodes if node.op == "Attention"]
+        formats = {"key": self.cache.key, "value": self.cache.value}
+        return {
+            name: CacheQuantizer(
+                number_format,
+                group_size(self.cache.group, sizes[0], "kv_cache.group", "a head"),
+                self.cache.clip,
+            )
+            for name, number_format in formats.items()
+            if number_format != "none" and sizes
+        }
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """How far a block's output is from the float network's: relative root mean square, over all windows."""
+
+    block: int
+    error: float
+    sites: Mapping[str, Any]
+
+
+def solve_blocks(
+    network: Network, method: BlockMethod, windows: Array, folder: Path, advance: Advance
+) -> tuple[dict[str, WeightQuantizer], list[BlockResult]]:
+    """Choose the weights of every planned site inside blocks; return them by site, and what it cost.
+
+    Args:
+        network: what to quantize; its graph is not changed.
+        method: how.
+        windows: calibration token ids [W, S].
+        folder: where streams and results are kept; a run of the same network that stopped there continues.
+        advance: told (blocks done, blocks in all).
+
+    Raises:
+        OutputError: `folder` holds another run.
+
+    """
+    split = split_blocks(network.graph)
+    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder, _digest(network, method, windows))
+    runner = _Runner(network, split, method, windows, folder)
+    results = []
+    with torch.no_grad():
+        for number, block in enumerate(split.blocks):
+            results.append(runner.solve(block))
+            advance(number + 1, len(split.blocks))
+    runner.last_streams_removed()
+    return runner.solved, results
+
+
+class _Runner:
+    """Goes from block to block; everything that is needed to go on lies in `folder`."""
+
+    def __init__(
+        self, network: Network, split: Split, method: BlockMethod, windows: Array, folder: Path
+    ) -> None:
+        self.network, self.split, self.method = network, split, method
+        self.windows, self.folder = windows, folder
+        self.context = split.context(windows.shape[1])
+        self.plan = {site.site: site for site in network.plan}
+        self.solved: dict[str, WeightQuantizer] = {}
+        self.shape = (*windows.shape, int(network.graph.tensors()[split.blocks[0].input].shape[-1]))
+
+    def solve(self, block: BlockGraph) -> BlockResult:
+        record = self.folder / f"block-{block.index}.json"
+        if not record.is_file():
+            self._compute(block, record)
+        kept = json.loads(record.read_text())
+        for site in kept["sites"]:
+            number_format = weight_format(self.plan[site].weights.format)
+            group = self.plan[site].weight_group
+            self.solved[site] = SolvedWeight(self._weights(block), site, number_format, group)
+        return BlockResult(block.index, kept["error"], kept["sites"])
+
+    def _compute(self, block: BlockGraph, record: Path) -> None:
+        if block.index == 0:
+            self._embed()
+        own = {site.name: self.plan[site.name] for site in block.sites}
+        targets = self._stream("float", block.index + 1)
+        task = BlockTask(
+            TorchBlock(block),
+            self.context,
+            self._stream("float", block.index),
+            self._stream("quantized", block.index),
+            targets,
+            own,
+            self.network.edits(block),
+        )
+        tensors, figures = self.method.solve(task)
+        for site, tensor in tensors.items():
+            task.block.weights[site] = torch.from_numpy(dequantized(tensor))
+        error = self._forward(task, self._stream("quantized", block.index + 1))
+        save_solved(self._weights(block), tensors)
+        partial = record.with_suffix(".partial")
+        partial.write_text(json.dumps({"error": error, "sites": {s: figures.get(s, {}) for s in tensors}}))
+        partial.rename(record)
+        task.inputs.remove()
+        task.float_inputs.remove()
+
+    def _forward(self, task: BlockTask, outputs: Stream) -> float:
+        """Run the quantized block; return its relative error."""
+        wrong = total = 0.0
+        for windows in outputs.batches():
+            outputs[windows] = task.block(task.inputs[windows], task.context, task.edits)
+            target = task.targets[windows]
+            wrong += float((outputs[windows] - target).square().sum(dtype=torch.float64))
+            total += float(target.square().sum(dtype=torch.float64))
+        outputs.flush()
+        task.targets.flush()
+        return (wrong / total) ** 0.5 if total else 0.0
+
+    def _embed(self) -> None:
+        streams = [self._stream("float", 0), self._stream("quantized", 0)]
+        for index, window in enumerate(self.windows):
+            for stream in streams:
+                stream[slice(index, index + 1)] = self.split.embed(window)
+
+    def last_streams_removed(self) -> None:
+        """Delete what leaves the last block."""
+        for path in self.folder.glob("*.stream"):
+            path.unlink()
+
+    def _stream(self, name: str, index: int) -> Stream:
+        return Stream(self.folder / f"{name}-{index}.stream", self.shape)
+
+    def _weights(self, block: BlockGraph) -> Path:
+        return self.folder / f"block-{block.index}.npz"
+
+
+def _digest(network: Network, method: BlockMethod, windows: Array) -> str:
+    """Tell runs apart by their graph, plan, method and text; weights by what they are computed from."""
+    described = repr((list(network.plan), network.cache, method)).encode()
+    digest = hashlib.sha256(described + np.ascontiguousarray(windows).tobytes())
+    for node in network.graph.nodes:
+        digest.update(f"{node.op}{sorted(node.attrs)}{[tensor.name for tensor in node.inputs]}".encode())
+    for site in linears(network.graph):
+        digest.update(repr(weight_of(site.weight)).encode())
+    return digest.hexdigest()
+
+
+def _claim(folder: Path, digest: str) -> None:
+    """Make `folder` this run's, or see that it is.
+
+    Raises:
+        OutputError: it holds another run.
+
+    """
+    owner = folder / "run.sha256"
+    if owner.exists() and owner.read_text() != digest:
+        raise OutputError(
+            f"'{folder}' holds a calibration of another model, recipe or text; "
+            "delete it or name another folder"
+        )
+    owner.write_text(digest)

@@ -1,0 +1,69 @@
+"""Quantizers as functions of tensors: what the quantized graph computes in front of a product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rotexport.passes.quantize_activations import SMALLEST_SCALE as SMALLEST_ACTIVATION_SCALE
+from rotexport.passes.quantize_cache import BITS
+from rotexport.passes.quantize_cache import SMALLEST_SCALE as SMALLEST_CACHE_SCALE
+from rotexport.quant.formats import FP8, NumberFormat
+
+
+@dataclass(frozen=True)
+class StaticQuantizer:
+    """Rounds to multiples of `step`."""
+
+    format: NumberFormat
+    step: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return what x [...] stands for after quantization."""
+        return rounded(x / self.step, self.format) * self.step
+
+
+@dataclass(frozen=True)
+class DynamicQuantizer:
+    """Rounds to multiples of a scale per token and `group` of channels: clip times the largest magnitude."""
+
+    format: NumberFormat
+    clip: float
+    group: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return what x [..., K] stands for after quantization."""
+        groups = x.unflatten(-1, (-1, self.group))
+        scale = groups.abs().amax(-1, keepdim=True) * (self.clip / self.format.highest)
+        scale = scale.clamp_min(SMALLEST_ACTIVATION_SCALE)
+        return (rounded(groups / scale, self.format) * scale).flatten(-2)
+
+
+@dataclass(frozen=True)
+class CacheQuantizer:
+    """Levels between a minimum and a maximum per token, head and `group`, as `QuantizeCache` stores them."""
+
+    format: str
+    group: int
+    clip: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return what x [batch, heads, tokens, head size] stands for after quantization."""
+        levels = 2 ** BITS[self.format] - 1
+        groups = x.unflatten(-1, (-1, self.group))
+        lowest, highest = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        span = highest - lowest
+        lowest = lowest + span * ((1 - self.clip) / 2)
+        scale = (span * (self.clip / levels)).clamp_min(SMALLEST_CACHE_SCALE)
+        codes = ((groups - lowest) / scale).round().clamp(0, levels)
+        return (codes * scale + lowest).flatten(-2)
+
+
+def rounded(x: Tensor, number_format: NumberFormat) -> Tensor:
+    """Return the nearest codes, ties to even, saturating."""
+    codes = x.clamp(number_format.lowest, number_format.highest)
+    if number_format.storage == FP8:
+        return codes.to(torch.float8_e4m3fn).to(x.dtype)
+    return codes.round()

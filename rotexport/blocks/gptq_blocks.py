@@ -1,0 +1,138 @@
+"""GPTQ through a block, in QuaRot's order: linears that share an input together, each with the inputs that
+the weights before it, already quantized, leave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rotexport.blocks.calibration import BlockTask
+from rotexport.blocks.torch_block import NO_EDITS, Edit, Edits
+from rotexport.graph.weights import Array
+from rotexport.quant.formats import weight_format
+from rotexport.quant.gptq import GptqSettings, damped, descend, gptq, loss
+from rotexport.quant.grids import FreeScales, Grid, IntegerFactors
+from rotexport.quant.plan import SitePlan, WeightForm
+from rotexport.quant.scales import QuantizedTensor, ScaledRounding
+from rotexport.quant.solved import dequantized
+
+
+@dataclass
+class Moments:
+    """Sums over tokens of x̂ᵀx̂ and x̂ᵀx [K, K]: inputs x̂ of the quantized network, x of the float one."""
+
+    second: Array
+    cross: Array
+
+    @classmethod
+    def of(cls, width: int) -> Moments:
+        """Return moments of nothing yet."""
+        return cls(np.zeros((width, width)), np.zeros((width, width)))
+
+    def add(self, quantized: Tensor, exact: Tensor | None) -> None:
+        """Add tokens [..., K] of both networks."""
+        rows = quantized.reshape(-1, quantized.shape[-1])
+        self.second += (rows.T @ rows).numpy()
+        if exact is not None:
+            self.cross += (rows.T @ exact.reshape(rows.shape)).numpy()
+
+
+@dataclass(frozen=True)
+class GptqMethod:
+    """A `BlockMethod`: quantizes the sites whose scheme says "gptq", and rounds the others.
+
+    With feedback, what is multiplied are the inputs as they are quantized, and the aim is the float network's
+    output: the best real weight for that, W + (H + λI)⁻¹ (C - H) W with C = E[x̂ᵀx], takes W's place. Without,
+    activations stay float while collecting, as in QuaRot.
+    """
+
+    settings: GptqSettings
+
+    def solve(self, task: BlockTask) -> tuple[dict[str, QuantizedTensor], dict[str, Any]]:
+        """Return codes and scales, and each site's loss as rounded, after GPTQ and after descent."""
+        block, batches = task.block, task.inputs.batches()
+        exact = [block.begin(task.float_inputs[windows], task.context) for windows in batches]
+        inexact = [block.begin(task.inputs[windows], task.context) for windows in batches]
+        original = dict(block.weights)
+        solved: dict[str, QuantizedTensor] = {}
+        figures: dict[str, Any] = {}
+        for group in block.groups:
+            moments = self._advance(task, group, (exact, inexact), original)
+            for site in group:
+                if task.plan[site].weights.enabled:
+                    weight = original[site].numpy()
+                    solved[site], figures[site] = self._site(task.plan[site], weight, moments)
+                    block.weights[site] = torch.from_numpy(dequantized(solved[site]))
+        self._finish(task, exact, original)
+        return solved, figures
+
+    def _advance(
+        self,
+        task: BlockTask,
+        group: Sequence[str],
+        streams: tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]],
+        original: dict[str, Tensor],
+    ) -> Moments:
+        """Bring both networks up to a group's input; return its moments."""
+        block, tensor = task.block, task.block.input_of[group[0]]
+        quantizer = task.edits.inputs.get(group[0]) if self.settings.feedback else None
+        moments = Moments.of(len(original[group[0]]))
+        restored = _with_weights(original)
+        for exact, inexact in zip(*streams, strict=True):
+            block.advance(exact, tensor, restored)
+            block.advance(inexact, tensor, task.edits if self.settings.feedback else NO_EDITS)
+            seen = inexact[tensor] if quantizer is None else quantizer(inexact[tensor])
+            moments.add(seen, exact[tensor] if self.settings.feedback else None)
+        return moments
+
+    def _site(
+        self, site: SitePlan, weight: Array, moments: Moments
+    ) -> tuple[QuantizedTensor, dict[str, float]]:
+        hessian = damped(moments.second, self.settings.damping)
+        aim = weight
+        if self.settings.feedback:
+            gap = (moments.cross - moments.second) @ weight.astype(np.float64)
+            aim = (weight + np.linalg.solve(hessian, gap)).astype(np.float32)
+        rounding = ScaledRounding(
+            weight_format(site.weights.format), site.weight_group, True, site.form is WeightForm.TWO_LEVEL
+        )
+        if site.weights.method != "gptq":
+            return rounding.quantize(weight), {}
+        grid = _grid(site, aim)
+        settings = self.settings
+        codes = gptq(aim, hessian, grid, settings)
+        exact = hessian.astype(np.float32)
+        scale = float(np.vdot(weight, exact @ weight)) or 1.0
+        figures = {"rounding": loss(aim, dequantized(rounding.quantize(weight)), exact) / scale}
+        figures["gptq"] = loss(aim, codes * grid.expanded(len(codes)), exact) / scale
+        codes = descend(aim, codes, exact, grid, settings)
+        figures["descent"] = loss(aim, codes * grid.expanded(len(codes)), exact) / scale
+        return grid.finish(codes), figures
+
+    def _finish(self, task: BlockTask, exact: list[dict[str, Tensor]], original: dict[str, Tensor]) -> None:
+        """Fill the targets: the float network's output."""
+        block = task.block
+        restored = _with_weights(original)
+        for windows, values in zip(task.targets.batches(), exact, strict=True):
+            block.advance(values, block.block.output, restored)
+            task.targets[windows] = values.pop(block.block.output)
+
+
+def _with_weights(weights: dict[str, Tensor]) -> Edits:
+    """Return edits that put other weights in the place of a block's own."""
+
+    def instead(weight: Tensor) -> Edit:
+        return lambda _: weight
+
+    return Edits(weights={site: instead(weight) for site, weight in weights.items()})
+
+
+def _grid(site: SitePlan, weight: Array) -> Grid:
+    number_format = weight_format(site.weights.format)
+    kind = IntegerFactors if site.form is WeightForm.TWO_LEVEL else FreeScales
+    return kind(number_format, weight, site.weight_group)
