@@ -118,15 +118,17 @@ def _eval_stream(options: argparse.Namespace) -> int:
 def run_command(options: argparse.Namespace) -> int:
     """Generate text."""
     from rotexport.revalidate import tokenizer_of
-    from rotexport.runtime import Session
+    from rotexport.runtime.opening import open_build
     from rotexport.runtime.sampling import Sampling
+    from rotexport.runtime.session import Session
     from rotexport.runtime.text import Request, reply
 
     sampling = Sampling(options.temperature, options.top_p, options.seed)
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     request = Request(prompt, options.max_new_tokens, sampling, options.chat)
     tokenizer = tokenizer_of(options.output)
-    found = reply(Session(options.output), tokenizer, request, lambda text: print(text, end="", flush=True))
+    session = Session.over(open_build(options.output, options.on, options.plugins))
+    found = reply(session, tokenizer, request, lambda text: print(text, end="", flush=True))
     print(flush=True)
     if options.stats:
         print(found.text, file=sys.stderr)
@@ -256,7 +258,7 @@ def _add_eval(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 
 def _add_run(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = verbs.add_parser("run", help="generate text with a build, on ONNX Runtime")
+    command = verbs.add_parser("run", help="generate text with a build")
     command.add_argument("output", metavar="OUT", type=Path, help="what `rotexport build` made")
     command.add_argument("prompt", metavar="PROMPT", help="text to continue; - reads standard input")
     command.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="where to stop (256)")
@@ -269,6 +271,15 @@ def _add_run(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     command.add_argument("--seed", type=int, default=0, metavar="K", help="of the draws")
     command.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     command.add_argument("--stats", action="store_true", help="print speed and memory to standard error")
+    command.add_argument(
+        "--on",
+        choices=("auto", "onnxruntime", "engine"),
+        default="auto",
+        help="what runs it: by default the engine for this machine's GPU, if there is one",
+    )
+    command.add_argument(
+        "--plugins", type=Path, metavar="LIBRARY", help="our CUDA kernels, for an engine built with them"
+    )
     command.set_defaults(verb=run_command)
 
 

@@ -10,8 +10,7 @@ from importlib import metadata, util
 from typing import Final
 
 from rotexport.errors import TargetError
-from rotexport.targets.builder import MODULES
-from rotexport.targets.capabilities import TARGETS
+from rotexport.targets.capabilities import MODULES, TARGETS
 
 TESTED: Final = {"onnxruntime": "1.31.1", "tensorrt-rtx": "1.7.1.116"}
 PACKAGES: Final = (

@@ -86,6 +86,25 @@ def write_json(path: Path, value: Any) -> None:
         raise OutputError(f"cannot write '{path}': {error.strerror}") from error
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read `rotexport.json` of a build.
+
+    Raises:
+        OutputError: there is none, or it is not one.
+
+    """
+    path = folder / MARK
+    try:
+        manifest = json.loads(path.read_text())
+    except OSError as error:
+        raise OutputError(f"'{folder}' is not a build: '{path}' cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise OutputError(f"'{path}' is not valid JSON ({error}); build again") from error
+    if not isinstance(manifest, dict) or "rotexport" not in manifest:
+        raise OutputError(f"'{path}' is not a manifest of rotexport; build again")
+    return manifest
+
+
 def replace_directory(new: Path, final: Path) -> None:
     """Move `new` to `final`, which is removed only after its name was freed."""
     try:

@@ -14,14 +14,13 @@ from rotexport.evaluate import Evaluation, LanguageModel, evaluate
 from rotexport.graph.io import Scratch, load_model
 from rotexport.graph.twin import runnable
 from rotexport.graph.weights import Array
-from rotexport.output import MARK, MODEL, write_json
+from rotexport.output import MARK, MODEL, read_manifest, write_json
 from rotexport.passes.base import Where
 from rotexport.passes.center_layernorms import CenterLayerNorms
 from rotexport.progress import Stages
 from rotexport.recipe import Recipe, parse_recipe
 from rotexport.reference import reference_model
 from rotexport.report import read_report, write_report
-from rotexport.report.record import read_manifest
 from rotexport.report.serialize import to_plain
 from rotexport.runtime.opening import open_graph
 from rotexport.runtime.session import Session

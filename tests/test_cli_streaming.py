@@ -117,6 +117,10 @@ def test_what_cannot_stream_is_refused(
     assert "is dense" in capsys.readouterr().err
     assert main(["run", str(dense), "x" * 70]) == 1
     assert "attention.kind: streaming" in capsys.readouterr().err
+    assert main(["run", str(dense), "x", "--on", "engine"]) == 1
+    assert "has no engines" in capsys.readouterr().err
+    assert main(["run", str(dense), "x", "--plugins", "a.so"]) == 1
+    assert "leave out --plugins a.so" in capsys.readouterr().err
     window = ["--set=attention.kind=streaming", "--set=attention.window=0"]
     assert main(["build", str(model), "-o", str(tmp_path / "no"), "-q", *window]) == 1
     assert "attention.window: 0" in capsys.readouterr().err

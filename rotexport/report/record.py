@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,6 @@ import onnx_graphsurgeon as gs
 
 from rotexport import __version__
 from rotexport.checkpoint import Checkpoint
-from rotexport.errors import OutputError
 from rotexport.graph.basis import Bases, Component, residual
 from rotexport.observe import Outliers
 from rotexport.output import MARK, write_json
@@ -182,25 +180,6 @@ def write_manifest(report: BuildReport, graph: gs.Graph, folder: Path) -> None:
         ],
     }
     write_json(folder / MARK, manifest)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read `rotexport.json` of a build.
-
-    Raises:
-        OutputError: there is none, or it is not one.
-
-    """
-    path = folder / MARK
-    try:
-        manifest = json.loads(path.read_text())
-    except OSError as error:
-        raise OutputError(f"'{folder}' is not a build: '{path}' cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise OutputError(f"'{path}' is not valid JSON ({error}); build again") from error
-    if not isinstance(manifest, dict) or "rotexport" not in manifest:
-        raise OutputError(f"'{path}' is not a manifest of rotexport; build again")
-    return manifest
 
 
 def cache_bytes_per_token(graph: gs.Graph) -> int:

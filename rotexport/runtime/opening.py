@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from rotexport.errors import TargetError
+from rotexport.output import MODEL
 from rotexport.runtime.bounded import CALL_TOKENS, BoundedGraph
 from rotexport.runtime.cached import CachedGraph
+from rotexport.runtime.engine import has_engine, open_engine
 from rotexport.runtime.growing import NO_LIMIT, GrowingGraph
 from rotexport.runtime.model import OnnxModel, open_session
 
@@ -34,3 +37,17 @@ def open_graph(
     if any(node.name == "past_length" for node in session.get_inputs()):
         return BoundedGraph(path, session, call_tokens or CALL_TOKENS)
     return GrowingGraph(OnnxModel.over(path, session), call_tokens or NO_LIMIT)
+
+
+def open_build(folder: Path, runtime: str = "auto", plugins: Path | None = None) -> CachedGraph:
+    """Open a build on `onnxruntime` or on its `engine`; `auto` takes the engine where one fits the GPU.
+
+    Raises:
+        TargetError: the build cannot run so.
+
+    """
+    if runtime == "engine" or (runtime == "auto" and has_engine(folder)):
+        return open_engine(folder, plugins)
+    if plugins is not None:
+        raise TargetError(f"ONNX Runtime runs no plugins; leave out --plugins {plugins}")
+    return open_graph(folder / MODEL)

@@ -1,4 +1,4 @@
-"""A conversation with a saved graph: prompts in, token after token out."""
+"""A conversation with a built graph: prompts in, token after token out."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from rotexport.errors import ValidationError
+from rotexport.runtime.cached import CachedGraph
 from rotexport.runtime.opening import open_graph
 from rotexport.runtime.sampling import GREEDY, Sampling
 
@@ -36,8 +37,20 @@ class Session:
     """
 
     def __init__(self, path: Path, *, threads: int | None = None, call_tokens: int | None = None) -> None:
-        self.path = path / "model.onnx" if path.is_dir() else path
-        self.graph = open_graph(self.path, threads=threads, call_tokens=call_tokens)
+        file = path / "model.onnx" if path.is_dir() else path
+        self.graph = open_graph(file, threads=threads, call_tokens=call_tokens)
+
+    @classmethod
+    def over(cls, graph: CachedGraph) -> Session:
+        """Return a session that runs a graph opened otherwise: an engine."""
+        session = cls.__new__(cls)
+        session.graph = graph
+        return session
+
+    @property
+    def path(self) -> Path:
+        """The file that runs."""
+        return self.graph.path
 
     @property
     def length(self) -> int:

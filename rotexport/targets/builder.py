@@ -17,13 +17,13 @@ import onnx
 from rotexport.errors import OutputError, TargetError
 from rotexport.plugins import test_library
 from rotexport.targets import builder_process
+from rotexport.targets.capabilities import MODULES
 from rotexport.targets.inlining import inline
 from rotexport.targets.layers import Kernel, Layer, assert_kernels, parse_layers
 from rotexport.targets.lint import lint
 from rotexport.targets.lowering import lower
 from rotexport.targets.profiles import Profiles, Shapes, input_shapes
 
-MODULES: Final = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 _TAIL: Final = 8  # lines of a failed builder's output that go into the error
 
 Progress = Callable[[str], None]

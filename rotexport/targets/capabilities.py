@@ -16,6 +16,7 @@ from rotexport.quant.scheme import ActivationScheme, CacheScheme, WeightScheme
 from rotexport.recipe import Recipe, load_recipe, preset_names
 
 TARGETS: Final = ("onnx", "tensorrt-rtx", "tensorrt")
+MODULES: Final = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}  # what builds and runs engines
 
 GPUS: Final = {
     "sm75": "Turing",
