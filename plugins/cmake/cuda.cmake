@@ -24,7 +24,7 @@ find_package(Python3 REQUIRED COMPONENTS Interpreter)
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 add_compile_options(-Wall -Wextra)
-add_compile_options($<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v>)
+add_compile_options("$<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v;--expt-relaxed-constexpr>")
 # Keeps what the assembler says about each unit beside its object, and fails on spills (tools/resources.py).
 set(CMAKE_CUDA_COMPILER_LAUNCHER ${Python3_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/tools/resources.py)
 

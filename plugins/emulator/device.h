@@ -16,6 +16,7 @@
 #define ROTEXPORT_DEVICE inline
 #define ROTEXPORT_KERNEL
 #define ROTEXPORT_UNROLL
+#define ROTEXPORT_ROLL
 #define __launch_bounds__(...)
 
 // The line of kernel source that calls a function declared with this as its last parameter.

@@ -14,6 +14,7 @@
 #define ROTEXPORT_DEVICE __device__ __forceinline__
 #define ROTEXPORT_KERNEL __global__
 #define ROTEXPORT_UNROLL _Pragma("unroll")
+#define ROTEXPORT_ROLL _Pragma("unroll 1")
 
 namespace device {
 
@@ -43,7 +44,7 @@ template <class T>
 class Global {
  public:
   Global() = default;
-  explicit Global(T* data) : data_(data) {}
+  __host__ __device__ explicit Global(T* data) : data_(data) {}
 
   ROTEXPORT_DEVICE Global from(int64_t start) const {
     Global shifted;
