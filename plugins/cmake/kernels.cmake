@@ -1,5 +1,5 @@
 # rotexport_kernels: every kernel, one compilation unit per instantiation so that they compile side by side.
-add_library(rotexport_kernels STATIC kernels/fast_hadamard_plan.cpp)
+add_library(rotexport_kernels STATIC kernels/fast_hadamard_plan.cpp kernels/quantized_linear_plan.cpp)
 
 # Adds one unit: a source compiled with the given definitions.
 function(rotexport_add_unit name source)
@@ -21,5 +21,13 @@ foreach(element ${elements})
     string(REGEX REPLACE ".*::" "" short ${element})
     rotexport_add_unit(fast_hadamard_${short}_${output} kernels/fast_hadamard.cu
                        ROTEXPORT_ELEMENT=${element} ROTEXPORT_OUTPUT=${output})
+  endforeach()
+endforeach()
+
+rotexport_add_unit(quantized_linear_run kernels/quantized_linear_run.cu)
+foreach(format kW8A8 kW4A8 kW4A4)
+  foreach(decodes false true)
+    rotexport_add_unit(quantized_linear_${format}_${decodes} kernels/quantized_linear.cu
+                       ROTEXPORT_FORMAT=${format} ROTEXPORT_DECODES=${decodes})
   endforeach()
 endforeach()

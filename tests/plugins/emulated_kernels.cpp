@@ -1,40 +1,8 @@
 // Runs kernels on the emulator for the Python tests: uploads, launches, downloads.
 
-#include <cstdio>
-#include <string>
-#include <vector>
-
+#include "emulated_buffers.h"
 #include "emulator/device.h"
 #include "kernels/fast_hadamard.h"
-
-namespace {
-
-// Device memory that lives as long as one call.
-class Buffers {
- public:
-  ~Buffers() {
-    for (void* buffer : buffers_) emulator::Machine::instance().release(buffer);
-  }
-  void* allocate(size_t bytes, const char* name) {
-    buffers_.push_back(emulator::Machine::instance().allocate(bytes, name));
-    return buffers_.back();
-  }
-  void* upload(const void* from, size_t bytes, const char* name) {
-    void* buffer = allocate(bytes, name);
-    emulator::Machine::instance().upload(buffer, from, bytes);
-    return buffer;
-  }
-
- private:
-  std::vector<void*> buffers_;
-};
-
-int report(const char* text, char* message, size_t capacity) {
-  std::snprintf(message, capacity, "%s", text);
-  return 1;
-}
-
-}  // namespace
 
 extern "C" {
 
