@@ -65,14 +65,8 @@ class BoundedGraph(CachedGraph):
 
     def run(self, tokens: Array, logits_of: Sequence[int], observed: Sequence[str] = ()) -> list[Array]:
         """Read tokens in one call; see `CachedGraph.run`."""
-        feeds = {
-            "input_ids": tokens[None],
-            "logit_index": np.asarray(logits_of, np.int64)[None],
-            "past_length": np.array([self.length], np.int32),
-            "new_length": np.array([len(tokens)], np.int32),
-        }
         binding = self._session.io_binding()
-        for name, values in feeds.items():
+        for name, values in call_inputs(tokens, self.length, logits_of).items():
             binding.bind_cpu_input(name, np.ascontiguousarray(values))
         target = self._current if len(tokens) == 1 else self._other
         for port in self.ports:
@@ -112,6 +106,16 @@ class BoundedGraph(CachedGraph):
         import onnxruntime as ort
 
         return {p.name: ort.OrtValue.ortvalue_from_numpy(np.zeros(p.shape, p.dtype)) for p in self.ports}
+
+
+def call_inputs(tokens: Array, length: int, logits_of: Sequence[int]) -> dict[str, Array]:
+    """Return what a streaming graph reads besides its cache: tokens [S] of one row behind `length` others."""
+    return {
+        "input_ids": tokens[None],
+        "logit_index": np.asarray(logits_of, np.int64)[None],
+        "past_length": np.array([length], np.int32),
+        "new_length": np.array([len(tokens)], np.int32),
+    }
 
 
 def _cache_ports(session: Any, path: Path) -> tuple[CachePort, ...]:

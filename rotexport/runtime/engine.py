@@ -17,6 +17,7 @@ import torch
 from rotexport.errors import TargetError, ValidationError
 from rotexport.output import read_manifest
 from rotexport.passes.lasting_positions import LAST_POSITION
+from rotexport.runtime.bounded import call_inputs
 from rotexport.runtime.cached import CachedGraph
 from rotexport.targets.capabilities import MODULES
 
@@ -145,7 +146,10 @@ class EngineGraph(CachedGraph):
         """Read tokens in one call; see `CachedGraph.run`. Engines show no inner tensors."""
         if observed:
             raise ValidationError(f"'{self.path}' is an engine: it does not show '{observed[0]}'")
-        values = self._bounded_inputs(tokens, logits_of) if self._bounded else self._growing_inputs(tokens)
+        if self._bounded:
+            values = call_inputs(tokens, self.length, logits_of)
+        else:
+            values = self._growing_inputs(tokens)
         feeds = {name: self._plan.tensor(name, value) for name, value in values.items()}
         found = self._plan.run({**feeds, **self._cache})
         logits: Array = found.pop("logits")[0].float().cpu().numpy()
@@ -179,14 +183,6 @@ class EngineGraph(CachedGraph):
         return {
             name: self._plan.tensor(name, (1, heads, slots if self._bounded else 0, *sizes))
             for name, (_, heads, slots, *sizes) in shapes.items()
-        }
-
-    def _bounded_inputs(self, tokens: Array, logits_of: Sequence[int]) -> dict[str, Array]:
-        return {
-            "input_ids": tokens[None],
-            "logit_index": np.asarray(logits_of, np.int64)[None],
-            "past_length": np.array([self.length], np.int32),
-            "new_length": np.array([len(tokens)], np.int32),
         }
 
     def _growing_inputs(self, tokens: Array) -> dict[str, Array]:
