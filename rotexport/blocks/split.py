@@ -61,6 +61,15 @@ class Split:
             feeds = _feeds(self.graph, np.zeros(length, np.int64))
             return feeds | self._prologue.run(feeds, sorted(names - feeds.keys()))
 
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the logits [batch, tokens, vocabulary] of what leaves the last block; autograd flows."""
+        return self._epilogue.run({self.blocks[-1].output: x}, ["logits"])["logits"]
+
+    @cached_property
+    def _epilogue(self) -> Evaluator:
+        tensors = self.graph.tensors()
+        return Evaluator(_ancestors([tensors["logits"]], self.graph, tensors[self.blocks[-1].output]))
+
     @cached_property
     def _prologue(self) -> Evaluator:
         wanted = {self.blocks[0].input, *(name for block in self.blocks for name in block.context)}

@@ -1,4 +1,4 @@
-"""What stands in a block for its quantizers while they are learned: weights, activations.
+"""What stands in a block for its quantizers while they are learned: of weights, activations, and the cache.
 
 Their forward values are those of the exported graph: weights bit for bit, since codes, factors and scales
 are made here once and multiplied in the order in which DequantizeLinear does.
@@ -7,6 +7,7 @@ are made here once and multiplied in the order in which DequantizeLinear does.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,6 +91,14 @@ class LearnedWeight(nn.Module):
         return round_clip(steps, self.grid.format.lowest, self.grid.format.highest)
 
     @torch.no_grad()
+    def project(self) -> None:
+        """Bring numbers that left the range back to its ends: outside, no gradient would ever reach them."""
+        scale, factor = self.scales()
+        ratio = (scale if factor is None else scale * factor) / self.first_scale
+        lowest, highest = self.grid.format.lowest * ratio, self.grid.format.highest * ratio
+        torch.clamp(self.numbers, lowest, highest, out=self.numbers)
+
+    @torch.no_grad()
     def export(self) -> QuantizedTensor:
         """Return the codes, scales and factors of the last forward pass."""
         scale, factor = self.scales()
@@ -126,3 +135,16 @@ class ActivationQuantizer(nn.Module):
         scale = (largest * (self.clip / self.format.highest)).clamp_min(SMALLEST_ROW_SCALE)
         codes = round_clip(rows / scale, self.format.lowest, self.format.highest)
         return (codes * scale).reshape(x.shape)
+
+
+class StraightThrough(nn.Module):
+    """A quantizer without anything to learn: its gradient is the identity's."""
+
+    def __init__(self, quantizer: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._quantizer = quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what x stands for after quantization."""
+        kept = x.detach()
+        return x + (self._quantizer(kept) - kept)

@@ -1,9 +1,12 @@
 """Cayley SGD stays orthogonal, descends, and finds what it should."""
 
+import itertools
+
 import pytest
 import torch
-from rotexport.learning.cayley import CayleySGD, cayley, cayley_step, nearest_orthogonal
 from torch import nn
+
+from rotexport.learning.cayley import CayleySGD, cayley, cayley_step, nearest_orthogonal
 
 
 def random_orthogonal(size: int, seed: int = 0) -> torch.Tensor:
@@ -44,7 +47,7 @@ def test_descends_to_the_nearest_rotation() -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(losses, losses[1:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(losses))
     torch.testing.assert_close(parameter.detach(), target, atol=1e-5, rtol=0)
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from rotexport.learning.lsq import (
     fake_quantize,
     lsq_gradient_factor,
@@ -47,9 +48,9 @@ def test_scale_gradient_is_lsqs(value: float) -> None:
     """Smoothed at fixed codes: s · clip(round(v/s)) has slope `code`, and the smoothed round slope -v/s."""
     scale, step = 1.3, 1e-3
     code = float(torch.tensor(value / scale).round().clamp(LOWEST, HIGHEST))
-    rounding = (smoothed(value, scale + step) / (scale + step) - smoothed(value, scale - step) / (scale - step)) / (
-        2 * step
-    )
+    rounding = (
+        smoothed(value, scale + step) / (scale + step) - smoothed(value, scale - step) / (scale - step)
+    ) / (2 * step)
     assert gradients(value, scale)[1] == pytest.approx(code + scale * rounding, abs=0.06)
 
 
