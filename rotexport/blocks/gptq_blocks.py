@@ -3,7 +3,7 @@ the weights before it, already quantized, leave."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,10 +63,13 @@ class GptqMethod:
         figures: dict[str, Any] = {}
         for group in block.groups:
             moments = self._advance(task, group, (exact, inexact), original)
+            for sites in _alike([task.plan[site] for site in group]):
+                weights = {site.site: original[site.site].numpy() for site in sites}
+                tensors, losses = self._together(sites[0], weights, moments)
+                solved |= tensors
+                figures |= dict.fromkeys(weights, losses)
             for site in group:
-                if task.plan[site].weights.enabled:
-                    weight = original[site].numpy()
-                    solved[site], figures[site] = self._site(task.plan[site], weight, moments)
+                if site in solved:
                     block.weights[site] = torch.from_numpy(dequantized(solved[site]))
         self._finish(task, exact, original)
         return solved, figures
@@ -90,29 +93,38 @@ class GptqMethod:
             moments.add(seen, exact[tensor] if self.settings.feedback else None)
         return moments
 
-    def _site(
-        self, site: SitePlan, weight: Array, moments: Moments
-    ) -> tuple[QuantizedTensor, dict[str, float]]:
-        hessian = damped(moments.second, self.settings.damping)
-        aim = weight
-        if self.settings.feedback:
-            gap = (moments.cross - moments.second) @ weight.astype(np.float64)
-            aim = (weight + np.linalg.solve(hessian, gap)).astype(np.float32)
+    def _together(
+        self, site: SitePlan, weights: dict[str, Array], moments: Moments
+    ) -> tuple[dict[str, QuantizedTensor], dict[str, float]]:
+        """Quantize weights [K, N] of sites that read the same input in the same way, side by side."""
+        weight = np.concatenate(list(weights.values()), axis=1)
         rounding = ScaledRounding(
             weight_format(site.weights.format), site.weight_group, True, site.form is WeightForm.TWO_LEVEL
         )
+        rounded = rounding.quantize(weight)
         if site.weights.method != "gptq":
-            return rounding.quantize(weight), {}
+            return _apart(rounded, weights), {}
+        hessian = damped(moments.second, self.settings.damping)
+        aim = self._aim(weight, hessian, moments)
         grid = _grid(site, aim)
-        settings = self.settings
-        codes = gptq(aim, hessian, grid, settings)
-        exact = hessian.astype(np.float32)
-        scale = float(np.vdot(weight, exact @ weight)) or 1.0
-        figures = {"rounding": loss(aim, dequantized(rounding.quantize(weight)), exact) / scale}
-        figures["gptq"] = loss(aim, codes * grid.expanded(len(codes)), exact) / scale
-        codes = descend(aim, codes, exact, grid, settings)
-        figures["descent"] = loss(aim, codes * grid.expanded(len(codes)), exact) / scale
-        return grid.finish(codes), figures
+        codes = gptq(aim, hessian, grid, self.settings)
+        narrow = hessian.astype(np.float32)
+        power = float(np.vdot(weight, narrow @ weight)) or 1.0
+        losses = {"rounding": loss(aim, dequantized(rounded), narrow) / power}
+        losses["gptq"] = loss(aim, codes * grid.expanded(len(codes)), narrow) / power
+        if self.settings.sweeps:
+            codes = descend(aim, codes, narrow, grid, self.settings)
+            losses["descent"] = loss(aim, codes * grid.expanded(len(codes)), narrow) / power
+        return _apart(grid.finish(codes), weights), losses
+
+    def _aim(self, weight: Array, hessian: Array, moments: Moments) -> Array:
+        """Return the real weight that GPTQ rounds."""
+        if not self.settings.feedback:
+            return weight
+        gap = torch.from_numpy((moments.cross - moments.second) @ weight.astype(np.float64))
+        factor = torch.linalg.cholesky(torch.from_numpy(hessian))
+        aim: Array = weight + torch.cholesky_solve(gap, factor).numpy().astype(np.float32)
+        return aim
 
     def _finish(self, task: BlockTask, exact: list[dict[str, Tensor]], original: dict[str, Tensor]) -> None:
         """Fill the targets: the float network's output."""
@@ -130,6 +142,29 @@ def _with_weights(weights: dict[str, Tensor]) -> Edits:
         return lambda _: weight
 
     return Edits(weights={site: instead(weight) for site, weight in weights.items()})
+
+
+def _alike(sites: Sequence[SitePlan]) -> list[list[SitePlan]]:
+    """Return the sites whose weights are quantized, those with equal schemes together."""
+    together: dict[object, list[SitePlan]] = {}
+    for site in sites:
+        if site.weights.enabled:
+            together.setdefault((site.weights, site.form), []).append(site)
+    return list(together.values())
+
+
+def _apart(tensor: QuantizedTensor, weights: Mapping[str, Array]) -> dict[str, QuantizedTensor]:
+    """Cut a quantized weight of all output channels into those of its sites."""
+    ends = np.cumsum([weight.shape[1] for weight in weights.values()])
+    factors = tensor.factors
+    return {
+        site: QuantizedTensor(
+            tensor.codes[:, end - weight.shape[1] : end],
+            tensor.scales[:, end - weight.shape[1] : end],
+            None if factors is None else factors[:, end - weight.shape[1] : end],
+        )
+        for (site, weight), end in zip(weights.items(), ends, strict=True)
+    }
 
 
 def _grid(site: SitePlan, weight: Array) -> Grid:

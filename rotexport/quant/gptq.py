@@ -38,9 +38,9 @@ class GptqSettings:
 
     damping: float = 0.01
     order: str = "natural"
-    sweeps: int = 3
+    sweeps: int = 2
     feedback: bool = True
-    block: int = 128
+    block: int = 32
 
     def __post_init__(self) -> None:
         if not isinstance(self.damping, int | float) or not 0 < self.damping <= 1:

@@ -1,0 +1,77 @@
+"""Which QuantizedLinear operator runs a site, decided from its schemes alone.
+
+The kernels multiply groups of 32 to 256 elements, or whole rows, and read 16 bytes of activations at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from rotexport.quant.plan import SitePlan, WeightForm
+
+BITS: Final = {"int8": 8, "int4": 4}
+FORMS: Final = {("int8", "int8"): "W8A8", ("int4", "int8"): "W4A8", ("int4", "int4"): "W4A4"}
+SLICE: Final = 32  # elements that one matrix instruction adds
+LARGEST_GROUP: Final = 256
+LONGEST: Final = 1 << 17  # elements of a row: the sums of longer ones may pass 32 bits
+LOAD_BITS: Final = 128
+
+
+@dataclass(frozen=True)
+class LinearOperator:
+    """An operator and its sizes: `group` input channels share a weight scale, `length` is a padded row.
+
+    With `row_groups` activations have a scale per group too.
+    """
+
+    form: str
+    two_level: bool
+    group: int
+    length: int
+    row_groups: bool
+
+    @property
+    def name(self) -> str:
+        """Name of the operator without an ending."""
+        return f"QuantizedLinear{self.form}{'TwoLevel' if self.two_level else ''}"
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits of a weight's code."""
+        return int(self.form[1])
+
+    @property
+    def activation_bits(self) -> int:
+        """Bits of an activation's code."""
+        return int(self.form[3])
+
+    @property
+    def groups(self) -> int:
+        """Groups of a row."""
+        return self.length // self.group
+
+
+def linear_operator(site: SitePlan) -> LinearOperator | str:
+    """Return the operator for a site, or the reason why there is none."""
+    formats = (site.weights.format, site.activations.format)
+    if not site.activations.enabled or site.activations.mode != "dynamic":
+        return "its activations are not scaled as they come"
+    if formats not in FORMS:
+        return f"there is no kernel for {formats[0]} weights and {formats[1]} activations"
+    if site.inputs * BITS[site.activations.format] % LOAD_BITS:
+        return f"rows of {site.inputs} {site.activations.format} activations are no multiple of 16 bytes"
+    row_groups = site.activation_group != site.inputs
+    if row_groups and site.weight_group != site.activation_group:
+        return "scales per group of activations need as many of the weights"
+    grouped = site.form is not WeightForm.PLAIN
+    group = site.weight_group if grouped else -(-site.inputs // SLICE) * SLICE
+    if group % SLICE:
+        return f"groups of {group} are no multiple of {SLICE}"
+    if site.form is WeightForm.GROUPED and group > LARGEST_GROUP:
+        return f"groups of {group} are above {LARGEST_GROUP}"
+    length = -(-site.inputs // group) * group
+    if length >= LONGEST:
+        return f"sums of {length} products pass 32 bits"
+    two_level = site.form is WeightForm.TWO_LEVEL
+    return LinearOperator(FORMS[formats], two_level, group, length, row_groups)
