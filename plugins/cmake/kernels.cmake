@@ -31,3 +31,5 @@ foreach(format kW8A8 kW4A8 kW4A4)
                        ROTEXPORT_FORMAT=${format} ROTEXPORT_DECODES=${decodes})
   endforeach()
 endforeach()
+
+include(cmake/attention.cmake)

@@ -1,0 +1,133 @@
+// Sink/window attention over a bounded cache, and the cache's update, on raw device pointers.
+//
+// A row of the batch has seen `past` tokens and brings `fresh` new ones (at most Problem::tokens, padded on
+// the right). Query position i sees key position j <= i where j < sinks or i - j < window:
+//
+//   logit = scale <query_sink_i, key_j>                    j < sinks
+//         = scale <query_i, key_j>                         elsewhere
+//   logit = softcap tanh(logit / softcap)                  softcap > 0
+//   logit -= decay_h (i - j)                               j >= sinks
+//
+// and the output is the softmax-weighted sum of values; 0 for padded tokens. Sinks live in slot j of the sink
+// tensors, other tokens in slot (j - sinks) mod window of a ring, as they are or as codes of 8, 4 or 2 bits
+// with a scale and a minimum per group of channels (graphs/QuantizeTokens.onnxtxt); window tokens of the same
+// call are then read as they will be stored. With `recent` > 0 tokens less than `recent` behind a query are
+// read in floating point, from a second ring.
+//
+// Launches that read the cache come first; one last launch writes it, every slot at most once, so one buffer
+// may be cache and updated cache, and results do not depend on the order of blocks. Sums are taken in a fixed
+// order: equal inputs give equal outputs.
+//
+// Error. Products and sums are float32, weights are rounded to the type T of the queries before they meet the
+// values. With e = 2^-11 (float16) or 2^-8 (bfloat16), L the largest |logit| and V the largest |value| that a
+// query sees, an output is within
+//
+//   (3 e + 2^-18 (1 + L)) V
+//
+// of the exact one; a code differs from the exact level's rounding only at ties.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/status.h"
+
+namespace sink_window_attention {
+
+enum class Type : int { kHalf, kBFloat16 };
+enum class Format : int { kFloat, kInt8, kInt4, kInt2 };
+
+constexpr int kMostDecodedTokens = 16;
+constexpr int kLargestHead = 256;
+
+struct Problem {
+  Type type;
+  Format format;  // of the window's ring
+  int64_t batch;
+  int64_t tokens;
+  int64_t query_heads;
+  int64_t kv_heads;
+  int64_t head_size;
+  int64_t value_size;
+  int64_t sinks;
+  int64_t window;
+  int64_t recent;        // 0: no second ring
+  int64_t key_groups;    // of a head, for codes
+  int64_t value_groups;  // of a head, for codes
+  float scale;
+  float softcap;  // 0: none
+};
+
+// Linear tensors [batch, kv_heads, slots, ...], of which the format leaves some out. Sinks have at least one
+// slot.
+struct Cache {
+  void* sink_key;
+  void* sink_value;
+  void* window_key;
+  void* window_value;
+  void* window_key_scale;
+  void* window_value_scale;
+  void* recent_key;
+  void* recent_value;
+};
+
+struct Operands {
+  const void* query;       // [batch, query_heads, tokens, head_size]
+  const void* query_sink;  // the same
+  const void* key;         // [batch, kv_heads, tokens, head_size]
+  const void* value;       // [batch, kv_heads, tokens, value_size]
+  const int32_t* past_length;
+  const int32_t* new_length;
+  const float* decay;  // [query_heads], not negative
+  Cache cache;
+  Cache present;  // the cache after the call: the same buffers, or others
+  void* output;   // [batch, query_heads, tokens, value_size]
+  void* workspace;
+};
+
+// What the kernels know of a problem.
+struct Geometry {
+  int batch;
+  int tokens;
+  int query_heads;
+  int kv_heads;
+  int repeat;  // query heads that share a key head
+  int head_size;
+  int value_size;
+  int sinks;
+  int sink_slots;
+  int window;
+  int recent;
+  int key_group;  // channels
+  int value_group;
+  int key_groups;
+  int value_groups;
+  float scale;
+  float softcap;
+  int row_tiles;    // blocks per key head, of packed query rows
+  int splits;       // of a row's keys, when decoding
+  int stage_bytes;  // of a warp's tile of keys and values, when decoding
+};
+
+struct Plan {
+  Problem problem;
+  Geometry geometry;
+  bool decodes;
+  int size;  // heads are padded to it
+  unsigned threads;
+  unsigned shared_bytes;
+  size_t weights_offset;  // in the workspace: maxima and sums of partial results
+  size_t values_offset;   // in the workspace: staged values
+  size_t workspace_bytes;
+};
+
+// Chooses how to run a problem. The message of a failure names the offending value.
+Status make_plan(const Problem& problem, Plan& plan);
+
+// Bytes of each tensor of a cache, in the order of Cache; 0 for those that the format leaves out.
+void cache_bytes(const Problem& problem, size_t (&bytes)[8]);
+
+// Runs a plan; `stream` is a cudaStream_t. Operands are aligned to 16 bytes.
+Status run(const Plan& plan, const Operands& operands, void* stream);
+
+}  // namespace sink_window_attention

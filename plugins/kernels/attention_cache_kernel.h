@@ -1,0 +1,306 @@
+// What happens to the cache around attention: codes are widened for prefill, partial results of decoding are
+// combined, and, last of all, the call's tokens are stored.
+#pragma once
+
+#include "kernels/attention_codes.h"
+#include "kernels/attention_keys.h"
+
+namespace sink_window_attention {
+
+constexpr int kCacheWarps = 4;
+constexpr int kCacheThreads = 32 * kCacheWarps;
+
+template <class Element>
+struct CacheOperands {
+  const Element* key;
+  const Element* value;
+  const int32_t* past_length;
+  const int32_t* new_length;
+  Cache cache;
+  Element* staged[2];  // keys, values: [batch, kv_heads, window, size], then [batch, kv_heads, tokens, size]
+  const float* sums;
+  const float* weights;
+  Element* output;
+};
+
+// A token of keys or values to be moved by a warp.
+struct Errand {
+  int batch;
+  int head;
+  int64_t cache_head;
+  bool value;
+  int item;
+};
+
+// Errands are numbered by row of the batch, key head, keys or values, and then `items`.
+ROTEXPORT_DEVICE Errand errand_of(const Geometry& g, int64_t number, int items) {
+  Errand errand;
+  errand.item = static_cast<int>(number % items);
+  number /= items;
+  errand.value = number % 2 != 0;
+  errand.cache_head = number / 2;
+  errand.batch = static_cast<int>(errand.cache_head / g.kv_heads);
+  errand.head = static_cast<int>(errand.cache_head % g.kv_heads);
+  return errand;
+}
+
+ROTEXPORT_DEVICE int64_t warp_number() {
+  return static_cast<int64_t>(device::block_index()) * kCacheWarps + device::thread_index() / 32;
+}
+
+// A lane's channels, packed again.
+template <class Element>
+ROTEXPORT_DEVICE Vector<uint32_t, 4> pack_channels(const float (&x)[kLaneChannels]) {
+  Vector<uint32_t, 4> words;
+  ROTEXPORT_UNROLL
+  for (int i = 0; i < 4; ++i) words.values[i] = device::pack<Element>(x[2 * i], x[2 * i + 1]);
+  return words;
+}
+
+// A lane's codes with the scale of their group, as values.
+template <class Element, Format kFormat>
+ROTEXPORT_DEVICE void widen_channels(float (&x)[kLaneChannels], const LaneCodes& made) {
+  constexpr int kBits = bits_of(kFormat);
+  const float step = device::low_of<Element>(made.scale);
+  const float minimum = device::high_of<Element>(made.scale);
+  ROTEXPORT_UNROLL
+  for (int i = 0; i < kLaneChannels; ++i) {
+    const uint32_t code = made.codes[i * kBits / 32] >> i * kBits % 32 & ((1u << kBits) - 1);
+    x[i] = static_cast<float>(static_cast<int>(code ^ 1u << (kBits - 1))) * step + minimum;
+  }
+}
+
+template <Format kFormat, class View>
+ROTEXPORT_DEVICE LaneCodes load_codes(const View& bytes, int lane) {
+  constexpr int kBytes = bits_of(kFormat);
+  LaneCodes held = {};
+  if constexpr (kBytes == 8) {
+    const auto words = bytes.template load<Vector<uint32_t, 2>>(lane * kBytes);
+    held.codes[0] = words.values[0];
+    held.codes[1] = words.values[1];
+  } else if constexpr (kBytes == 4) {
+    held.codes[0] = bytes.template load<uint32_t>(lane * kBytes);
+  } else {
+    held.codes[0] = bytes.template load<uint16_t>(lane * kBytes);
+  }
+  return held;
+}
+
+// Widens the ring, and the call's tokens as they will be stored, into workspace.
+template <class Element, Format kFormat>
+ROTEXPORT_KERNEL void __launch_bounds__(kCacheThreads)
+    stage(Geometry g, CacheOperands<Element> operands, int64_t errands) {
+  const int64_t number = warp_number();
+  if (number >= errands) return;
+  const int lane = static_cast<int>(device::thread_index() % 32);
+  const Errand errand = errand_of(g, number, g.window + g.tokens);
+  const Row row = load_row(operands.past_length, operands.new_length, errand.batch, g.tokens);
+  const int width = errand.value ? g.value_size : g.head_size;
+  const int group = errand.value ? g.value_group : g.key_group;
+  Element* staged = operands.staged[errand.value ? 1 : 0];
+  float x[kLaneChannels];
+  int64_t to;
+  if (errand.item < g.window) {
+    if (errand.item >= row.past - g.sinks) return;  // never written
+    const int groups = errand.value ? g.value_groups : g.key_groups;
+    to = errand.cache_head * g.window + errand.item;
+    const void* codes = errand.value ? operands.cache.window_value : operands.cache.window_key;
+    const void* scales = errand.value ? operands.cache.window_value_scale : operands.cache.window_key_scale;
+    if (lane * kLaneChannels >= width) return;
+    LaneCodes held = load_codes<kFormat>(
+        device::Global<const char>(static_cast<const char*>(codes)).from(to * width * bits_of(kFormat) / 8),
+        lane);
+    held.scale = device::Global<const uint32_t>(static_cast<const uint32_t*>(scales))
+                     .from(to * groups)
+                     .template load<uint32_t>(lane * kLaneChannels / group);
+    widen_channels<Element, kFormat>(x, held);
+  } else {
+    const int token = errand.item - g.window;
+    if (token >= row.fresh) return;
+    const int64_t from = errand.cache_head * g.tokens + token;
+    to = static_cast<int64_t>(g.batch) * g.kv_heads * g.window + from;
+    const Element* tensor = errand.value ? operands.value : operands.key;
+    load_channels(x, device::Global<const Element>(tensor + from * width), lane, width);
+    const LaneCodes made = quantize<Element, kFormat>(x, lane, group);
+    widen_channels<Element, kFormat>(x, made);
+  }
+  if (lane * kLaneChannels < width) {
+    device::Global<Element>(staged).from(to * width).store(lane * kLaneChannels, pack_channels<Element>(x));
+  }
+}
+
+// Combines the parts of one packed query row (see Decode) into its output.
+template <class Element>
+class Combine {
+ public:
+  ROTEXPORT_DEVICE Combine(const Geometry& g, const CacheOperands<Element>& operands)
+      : g_(g), operands_(operands), shared_(0) {}
+
+  ROTEXPORT_DEVICE void run() const {
+    const int64_t row = device::block_index();
+    const int rows = g_.tokens * g_.repeat;
+    const int64_t cache_head = row / rows;
+    const int token = static_cast<int>(row % rows) / g_.repeat;
+    const int batch = static_cast<int>(cache_head / g_.kv_heads);
+    const int64_t head = cache_head * g_.repeat + row % g_.repeat;  // of all rows' query heads
+    const device::Global<Element> output =
+        device::Global<Element>(operands_.output).from((head * g_.tokens + token) * g_.value_size);
+    const Row lengths = load_row(operands_.past_length, operands_.new_length, batch, g_.tokens);
+    if (token >= lengths.fresh) {
+      for (int i = thread() * 2; i < g_.value_size; i += 2 * kCacheThreads) output.store(i, uint32_t{0});
+      return;
+    }
+    add_parts(row);
+    device::barrier();
+    float total = 0;
+    for (int w = 0; w < kCacheWarps; ++w)
+      total += shared_.template load<float>(kCacheWarps * kLargestHead + w);
+    for (int i = thread() * 2; i < g_.value_size; i += 2 * kCacheThreads) {
+      Vector<float, 2> sum = {};
+      for (int w = 0; w < kCacheWarps; ++w) {
+        const auto part = shared_.template load<Vector<float, 2>>(w * kLargestHead + i);
+        sum.values[0] += part.values[0];
+        sum.values[1] += part.values[1];
+      }
+      output.store(i, device::pack<Element>(sum.values[0] / total, sum.values[1] / total));
+    }
+  }
+
+ private:
+  static constexpr int kPieces = kLargestHead / 128;
+
+  static ROTEXPORT_DEVICE int thread() { return static_cast<int>(device::thread_index()); }
+
+  // Every warp takes every fourth part.
+  ROTEXPORT_DEVICE void add_parts(int64_t row) const {
+    const int lane = thread() % 32;
+    const int warp = thread() / 32;
+    const auto weights = device::Global<const float>(operands_.weights).from(row * g_.splits * 2);
+    const auto sums = device::Global<const float>(operands_.sums).from(row * g_.splits * g_.value_size);
+    float maximum = kHidden;
+    for (int i = lane; i < g_.splits; i += 32) maximum = larger(maximum, weights.template load<float>(2 * i));
+    for (int lanes = 16; lanes > 0; lanes /= 2)
+      maximum = larger(maximum, device::shuffle_xor(maximum, lanes));
+    float total = 0;
+    Vector<float, 4> sum[kPieces] = {};
+    for (int part = warp; part < g_.splits; part += kCacheWarps) {
+      const auto weight = weights.template load<Vector<float, 2>>(2 * part);
+      const float factor = device::exp2(weight.values[0] - reference_of(maximum));
+      total += weight.values[1] * factor;
+      ROTEXPORT_UNROLL
+      for (int piece = 0; piece < kPieces; ++piece) {
+        const int column = 128 * piece + 4 * lane;
+        if (column >= g_.value_size) continue;
+        const auto values = sums.template load<Vector<float, 4>>(part * g_.value_size + column);
+        ROTEXPORT_UNROLL
+        for (int i = 0; i < 4; ++i) sum[piece].values[i] += values.values[i] * factor;
+      }
+    }
+    ROTEXPORT_UNROLL
+    for (int piece = 0; piece < kPieces; ++piece) {
+      shared_.store(warp * kLargestHead + 128 * piece + 4 * lane, sum[piece]);
+    }
+    if (lane == 0) shared_.store(kCacheWarps * kLargestHead + warp, total);
+  }
+
+  const Geometry& g_;
+  const CacheOperands<Element>& operands_;
+  device::Shared<float> shared_;
+};
+constexpr unsigned kCombineShared = (kCacheWarps * kLargestHead + kCacheWarps) * sizeof(float);
+
+// Stores the call's tokens: those of the sinks, and the last ones of each ring. Every slot is written at most
+// once, by the warp of its token.
+template <class Element, Format kFormat>
+class Update {
+ public:
+  ROTEXPORT_DEVICE Update(const Geometry& g, const CacheOperands<Element>& operands)
+      : g_(g), operands_(operands) {}
+
+  ROTEXPORT_DEVICE void run(int64_t number) const {
+    const int in_window = ring_items(g_.tokens, g_.window);
+    const int in_recent = ring_items(g_.tokens, g_.recent);
+    Errand errand = errand_of(g_, number, g_.sinks + in_window + in_recent);
+    const Row row = load_row(operands_.past_length, operands_.new_length, errand.batch, g_.tokens);
+    const Cache& c = operands_.cache;
+    if (errand.item < g_.sinks) {
+      const int token = errand.item - row.past;
+      if (token < 0 || token >= row.fresh) return;
+      copy(errand, token, errand.value ? c.sink_value : c.sink_key, g_.sink_slots, errand.item);
+      return;
+    }
+    errand.item -= g_.sinks;
+    const bool recent = errand.item >= in_window;
+    if (recent) errand.item -= in_window;
+    const int slots = recent ? g_.recent : g_.window;
+    const int token = row.fresh - (recent ? in_recent : in_window) + errand.item;
+    const int position = row.past + token - g_.sinks;
+    if (token < 0 || position < 0) return;
+    if (recent) {
+      copy(errand, token, errand.value ? c.recent_value : c.recent_key, slots, position % slots);
+    } else if constexpr (kFormat == Format::kFloat) {
+      copy(errand, token, errand.value ? c.window_value : c.window_key, slots, position % slots);
+    } else {
+      encode(errand, token, position % slots);
+    }
+  }
+
+ private:
+  static ROTEXPORT_DEVICE int lane() { return static_cast<int>(device::thread_index() % 32); }
+  ROTEXPORT_DEVICE int width_of(const Errand& errand) const {
+    return errand.value ? g_.value_size : g_.head_size;
+  }
+  ROTEXPORT_DEVICE device::Global<const Element> token_of(const Errand& errand, int token) const {
+    const Element* tensor = errand.value ? operands_.value : operands_.key;
+    return device::Global<const Element>(tensor + (errand.cache_head * g_.tokens + token) * width_of(errand));
+  }
+
+  ROTEXPORT_DEVICE void copy(const Errand& errand, int token, void* ring, int slots, int slot) const {
+    using Chunk = Vector<uint32_t, 4>;
+    const int width = width_of(errand);
+    if (lane() * kLaneChannels >= width) return;
+    const auto chunk = token_of(errand, token).template load<Chunk>(lane() * kLaneChannels);
+    device::Global<Element>(static_cast<Element*>(ring))
+        .from((errand.cache_head * slots + slot) * width)
+        .store(lane() * kLaneChannels, chunk);
+  }
+
+  ROTEXPORT_DEVICE void encode(const Errand& errand, int token, int slot) const {
+    const Cache& c = operands_.cache;
+    const int width = width_of(errand);
+    const int group = errand.value ? g_.value_group : g_.key_group;
+    const int groups = errand.value ? g_.value_groups : g_.key_groups;
+    float x[kLaneChannels];
+    load_channels(x, token_of(errand, token), lane(), width);
+    const LaneCodes made = quantize<Element, kFormat>(x, lane(), group);
+    const int channel = lane() * kLaneChannels;
+    if (channel >= width) return;
+    const int64_t index = errand.cache_head * g_.window + slot;
+    void* codes = errand.value ? c.window_value : c.window_key;
+    void* scales = errand.value ? c.window_value_scale : c.window_key_scale;
+    store_codes<kFormat>(
+        device::Global<char>(static_cast<char*>(codes)).from(index * width * bits_of(kFormat) / 8), 0, made,
+        lane());
+    if (channel % group != 0) return;
+    device::Global<uint32_t>(static_cast<uint32_t*>(scales))
+        .from(index * groups)
+        .store(channel / group, made.scale);
+  }
+
+  const Geometry& g_;
+  const CacheOperands<Element>& operands_;
+};
+
+// The first `combined` blocks combine a row each, the others store tokens, one per warp.
+template <class Element, Format kFormat>
+ROTEXPORT_KERNEL void __launch_bounds__(kCacheThreads)
+    finish(Geometry g, CacheOperands<Element> operands, unsigned combined, int64_t errands) {
+  if (device::block_index() < combined) {
+    Combine<Element>(g, operands).run();
+    return;
+  }
+  const int64_t number = warp_number() - static_cast<int64_t>(combined) * kCacheWarps;
+  if (number < errands) Update<Element, kFormat>(g, operands).run(number);
+}
+
+}  // namespace sink_window_attention

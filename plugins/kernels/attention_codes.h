@@ -1,0 +1,139 @@
+// Keys and values as codes: graphs/QuantizeTokens.onnxtxt and graphs/DequantizeTokens.onnxtxt for a warp.
+#pragma once
+
+#include <type_traits>
+
+#include "kernels/attention.h"
+#include "kernels/attention_sizes.h"
+#include "kernels/device.h"
+
+namespace sink_window_attention {
+
+// Two 16-bit halves of words, the low ones or the high ones, side by side.
+ROTEXPORT_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return device::pick_bytes(a, b, 0x5410u); }
+ROTEXPORT_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return device::pick_bytes(a, b, 0x7632u); }
+
+// How the fields of a word become pairs: pair i holds field i of its low half and field i of its high half.
+template <class Element, Format kFormat>
+struct Codes {
+  static constexpr int kBits = bits_of(kFormat);
+  static constexpr int kFields = 16 / kBits;  // of a half
+  static constexpr uint32_t kSign = 1u << (kBits - 1);
+  static constexpr uint32_t kMask = (1u << kBits) - 1;
+
+  // x = level step + minimum, step and minimum in pairs, for the first kCount fields.
+  template <int kCount>
+  static ROTEXPORT_DEVICE void widen(uint32_t (&pairs)[kCount], uint32_t word, uint32_t steps,
+                                     uint32_t minima) {
+    static_assert(kCount <= kFields, "a half has fewer fields");
+    if constexpr (kFormat == Format::kFloat) {
+      pairs[0] = word;
+    } else if constexpr (kBits == 8 && std::is_same<Element, device::BFloat16>::value) {
+      widen_bytes(pairs, word ^ 0x80808080u, steps, minima);
+    } else {
+      // A small integer in the last bits of a float's fraction, the exponent such that their unit is 1: no
+      // conversion is needed but a subtraction. Codes are levels with the first bit flipped.
+      constexpr bool kHalf = std::is_same<Element, device::Half>::value;
+      constexpr uint32_t kUnit = kHalf ? 0x6400u : 0x4300u;   // 1024, 128
+      constexpr uint32_t kMinus = kHalf ? 0xe400u : 0xc300u;  // their negatives
+      constexpr uint32_t kOne = kHalf ? 0x3c00u : 0x3f80u;
+      ROTEXPORT_UNROLL
+      for (int i = 0; i < kCount; ++i) {
+        const uint32_t raised = (word >> kBits * i & twice(kMask)) ^ twice(kUnit | kSign);
+        const uint32_t levels = device::multiply_add_pairs<Element>(raised, twice(kOne), twice(kMinus));
+        pairs[i] = device::multiply_add_pairs<Element>(levels, steps, minima);
+      }
+    }
+  }
+
+ private:
+  static constexpr uint32_t twice(uint32_t half) { return half << 16 | half; }
+
+  // The fraction of bfloat16 is too short for a byte, that of float32 is not.
+  template <int kCount>
+  static ROTEXPORT_DEVICE void widen_bytes(uint32_t (&pairs)[kCount], uint32_t levels, uint32_t steps,
+                                           uint32_t minima) {
+    ROTEXPORT_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      pairs[i] = device::pack<Element>(
+          byte_of(levels, i) * device::low_of<Element>(steps) + device::low_of<Element>(minima),
+          byte_of(levels, 2 + i) * device::high_of<Element>(steps) + device::high_of<Element>(minima));
+    }
+  }
+  static ROTEXPORT_DEVICE float byte_of(uint32_t word, int byte) {
+    constexpr uint32_t kUnit = 0x4b000000u;  // 2^23
+    return device::bits_float(device::pick_bytes(word, kUnit, 0x7440u + byte)) - 8388608.0f;
+  }
+};
+
+constexpr int kLaneChannels = 8;  // of a token, in each lane of a warp
+
+// A token's channels, eight to a lane, as codes. `scale` holds step and minimum as they are stored.
+struct LaneCodes {
+  uint32_t codes[2];
+  uint32_t scale;
+};
+
+// All lanes of a warp call it; lanes past the token's last channel get something that means nothing.
+template <class Element, Format kFormat>
+ROTEXPORT_DEVICE LaneCodes quantize(const float (&x)[kLaneChannels], int lane, int group) {
+  constexpr int kBits = bits_of(kFormat);
+  constexpr int kHighest = (1 << kBits) - 1;
+  constexpr float kSmallestStep = 1e-6f;
+  float low = x[0];
+  float high = x[0];
+  ROTEXPORT_UNROLL
+  for (int i = 1; i < kLaneChannels; ++i) {
+    low = fminf(low, x[i]);
+    high = fmaxf(high, x[i]);
+  }
+  const int lanes = group / kLaneChannels;
+  const int first = lane - lane % lanes;
+  const float own_low = low;
+  const float own_high = high;
+  for (int i = 0; i < lanes; ++i) {
+    low = fminf(low, device::shuffle(own_low, first + i));
+    high = fmaxf(high, device::shuffle(own_high, first + i));
+  }
+  LaneCodes made = {};
+  made.scale = device::pack<Element>(fmaxf((high - low) / kHighest, kSmallestStep), low);
+  const float step = device::low_of<Element>(made.scale);
+  const float minimum = device::high_of<Element>(made.scale);
+  ROTEXPORT_UNROLL
+  for (int i = 0; i < kLaneChannels; ++i) {
+    int level = device::round_to_int((x[i] - minimum) / step);
+    level = level < 0 ? 0 : level > kHighest ? kHighest : level;
+    const uint32_t code = static_cast<uint32_t>(level) ^ 1u << (kBits - 1);
+    made.codes[i * kBits / 32] |= code << i * kBits % 32;
+  }
+  return made;
+}
+
+// The lane's channels of a token [width] of Element; zeros past its end.
+template <class Element>
+ROTEXPORT_DEVICE void load_channels(float (&x)[kLaneChannels], const device::Global<const Element>& token,
+                                    int lane, int width) {
+  Vector<uint32_t, 4> words = {};
+  if (lane * kLaneChannels < width) words = token.template load<Vector<uint32_t, 4>>(lane * kLaneChannels);
+  ROTEXPORT_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    x[2 * i] = device::low_of<Element>(words.values[i]);
+    x[2 * i + 1] = device::high_of<Element>(words.values[i]);
+  }
+}
+
+// Stores a lane's codes at `bytes`, where the token's codes begin.
+template <Format kFormat, class View>
+ROTEXPORT_DEVICE void store_codes(const View& bytes, unsigned start, const LaneCodes& made, int lane) {
+  constexpr int kBytes = bits_of(kFormat);  // of eight channels
+  const unsigned at = start + lane * kBytes;
+  if constexpr (kBytes == 8) {
+    bytes.store(at, Vector<uint32_t, 2>{{made.codes[0], made.codes[1]}});
+  } else if constexpr (kBytes == 4) {
+    bytes.store(at, made.codes[0]);
+  } else {
+    bytes.store(at, static_cast<uint16_t>(made.codes[0]));
+  }
+}
+
+}  // namespace sink_window_attention

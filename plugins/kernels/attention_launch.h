@@ -1,0 +1,22 @@
+// One function per element type (and format or size), each compiled in a unit of its own.
+#pragma once
+
+#include "kernels/attention.h"
+
+namespace sink_window_attention {
+
+template <class Element, int kSize>
+Status launch_prefill(const Plan& plan, const Operands& operands, void* stream);
+
+template <class Element, Format kFormat>
+Status launch_decode(const Plan& plan, const Operands& operands, void* stream);
+
+// Widens codes into the workspace, for prefill.
+template <class Element, Format kFormat>
+Status launch_stage(const Plan& plan, const Operands& operands, void* stream);
+
+// Combines what decoding left in the workspace, and stores the call's tokens.
+template <class Element, Format kFormat>
+Status launch_finish(const Plan& plan, const Operands& operands, void* stream);
+
+}  // namespace sink_window_attention

@@ -1,0 +1,194 @@
+"""Streams of tokens for sink/window attention: inputs call by call, and what float64 says of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import torch
+from emulated_attention import FORMATS, TYPES, Call, EmulatedAttention, Problem
+
+from rotexport.streaming.oracle import pack, quantize, ring_positions, visible
+
+EPSILON = {np.dtype(np.float16): 2.0**-11, np.dtype(ml_dtypes.bfloat16): 2.0**-8}
+TORCH = {np.dtype(np.float16): torch.float16, np.dtype(ml_dtypes.bfloat16): torch.bfloat16}
+KINDS = ("key", "value")
+
+
+@dataclass(frozen=True)
+class Case:
+    """The sizes and numbers of one operator; `bits` None keeps the window in floating point."""
+
+    head_size: int = 64
+    value_size: int = 64
+    kv_heads: int = 1
+    repeat: int = 1
+    sinks: int = 2
+    window: int = 20
+    bits: int | None = None
+    recent: int = 0
+    group: int | None = None
+    softcap: float = 0.0
+    decay: float = 0.0
+    dtype: type = np.float16
+
+    @property
+    def type(self) -> np.dtype:
+        return np.dtype(self.dtype)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"key": self.head_size, "value": self.value_size}
+
+    @property
+    def query_heads(self) -> int:
+        return self.kv_heads * self.repeat
+
+    @property
+    def scale(self) -> float:
+        return float(np.float32(self.head_size**-0.5))
+
+    @property
+    def slopes(self) -> np.ndarray:
+        """The decay of each query head: none for the first."""
+        return np.float32(self.decay * np.arange(self.query_heads) / max(self.query_heads - 1, 1))
+
+    def groups(self, kind: str) -> int:
+        return self.sizes[kind] // (self.group or self.sizes[kind])
+
+    def problem(self, batch: int, tokens: int) -> Problem:
+        return Problem(
+            TYPES[self.type],
+            FORMATS[self.bits],
+            *(batch, tokens, self.query_heads, self.kv_heads, self.head_size, self.value_size),
+            *(self.sinks, self.window, self.recent, self.groups("key"), self.groups("value")),
+            *(self.scale, self.softcap),
+        )
+
+    def empty_cache(self, batch: int) -> dict[str, np.ndarray]:
+        cache = {}
+        for kind, size in self.sizes.items():
+            heads = (batch, self.kv_heads)
+            cache[f"sink_{kind}"] = np.zeros((*heads, max(self.sinks, 1), size), self.type)
+            if self.bits is None:
+                cache[f"window_{kind}"] = np.zeros((*heads, self.window, size), self.type)
+                continue
+            cache[f"window_{kind}"] = np.zeros((*heads, self.window, size * self.bits // 8), np.int8)
+            cache[f"window_{kind}_scale"] = np.zeros((*heads, self.window, self.groups(kind), 2), self.type)
+            if self.recent:
+                cache[f"recent_{kind}"] = np.zeros((*heads, self.recent, size), self.type)
+        return cache
+
+
+class Stream:
+    """One row of N tokens: queries [Hq, N, D], keys [Hk, N, D], values [Hk, N, Dv]."""
+
+    def __init__(self, case: Case, length: int, rng: np.random.Generator) -> None:
+        self.case = case
+
+        def normal(heads: int, size: int) -> np.ndarray:
+            return rng.standard_normal((heads, length, size), np.float32).astype(case.type)
+
+        self.query = normal(case.query_heads, case.head_size)
+        self.query_sink = normal(case.query_heads, case.head_size)
+        self.key = normal(case.kv_heads, case.head_size)
+        self.value = normal(case.kv_heads, case.value_size)
+
+    def grids(self, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return what the window stores: codes, scales, and the values [Hk, N, size] in float64 they stand for."""
+        case = self.case
+        exact = torch.from_numpy(getattr(self, kind).astype(np.float64))
+        size = case.sizes[kind]
+        assert case.bits is not None
+        grid = quantize(exact, case.bits, case.group or size, TORCH[case.type])
+        scales = torch.stack([grid.steps, grid.minima], -1).numpy().astype(case.type)
+        return pack(grid.levels, case.bits).numpy(), scales, grid.values().numpy()
+
+    def expected(self) -> np.ndarray:
+        """Return the outputs [Hq, N, Dv] by dense algebra in float64."""
+        case = self.case
+        length = self.key.shape[1]
+        distance = np.arange(length)[:, None] - np.arange(length)
+        is_sink = np.broadcast_to(np.arange(length) < case.sinks, (length, length))
+        exact = is_sink | (distance < case.recent)
+        key, value = (getattr(self, kind).astype(np.float64).repeat(case.repeat, 0) for kind in KINDS)
+        stored_key, stored_value = key, value
+        if case.bits is not None:
+            stored_key, stored_value = (self.grids(kind)[2].repeat(case.repeat, 0) for kind in KINDS)
+        query, query_sink = self.query.astype(np.float64), self.query_sink.astype(np.float64)
+        products = np.where(exact, query @ key.swapaxes(1, 2), query @ stored_key.swapaxes(1, 2))
+        logits = case.scale * np.where(is_sink, query_sink @ key.swapaxes(1, 2), products)
+        if case.softcap > 0:
+            logits = case.softcap * np.tanh(logits / case.softcap)
+        logits = logits - np.where(is_sink, 0, case.slopes.astype(np.float64)[:, None, None] * distance)
+        logits = np.where(visible(length, case.sinks, case.window).numpy(), logits, -np.inf)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        return (weights * exact) @ value + (weights * ~exact) @ stored_value
+
+    def expected_cache(self, length: int) -> dict[str, np.ndarray]:
+        """Return the row's cache after `length` tokens."""
+        case = self.case
+        cache = {name: tensor[0] for name, tensor in case.empty_cache(1).items()}
+        for kind in KINDS:
+            tokens = getattr(self, kind)
+            sinks = min(case.sinks, length)
+            cache[f"sink_{kind}"][:, :sinks] = tokens[:, :sinks]
+            rings = {f"window_{kind}": tokens}
+            if case.bits is not None:
+                codes, scales, _ = self.grids(kind)
+                rings = {f"window_{kind}": codes, f"window_{kind}_scale": scales}
+            if case.recent:
+                rings[f"recent_{kind}"] = tokens
+            for name, content in rings.items():
+                slots = cache[name].shape[1]
+                for slot, j in enumerate(ring_positions(length, case.sinks, slots)):
+                    if j is not None:
+                        cache[name][:, slot] = content[:, j]
+        return cache
+
+
+class Session:
+    """Calls of one operator on a batch of streams, with their cache."""
+
+    def __init__(self, kernels: EmulatedAttention, case: Case, streams: list[Stream], seed: int = 0) -> None:
+        self.kernels, self.case, self.streams = kernels, case, streams
+        self.rng = np.random.default_rng(seed)
+        self.cache = case.empty_cache(len(streams))
+        self.past = np.zeros(len(streams), np.int32)
+
+    def next_call(self, new: list[int], tokens: int, padding: float) -> Call:
+        def batch_of(name: str) -> np.ndarray:
+            rows = []
+            for stream, past, count in zip(self.streams, self.past, new, strict=True):
+                fresh = getattr(stream, name)[:, past : past + count]
+                rest = np.full((fresh.shape[0], tokens - count, fresh.shape[2]), padding, fresh.dtype)
+                rows.append(np.concatenate([fresh, rest], axis=1))
+            return np.stack(rows)
+
+        tensors = (batch_of(name) for name in ("query", "query_sink", "key", "value"))
+        return Call(*tensors, self.past.copy(), np.array(new, np.int32), self.case.slopes, self.cache)
+
+    def call(
+        self,
+        new: list[int],
+        tokens: int = 0,
+        *,
+        in_place: bool = True,
+        schedule: int = 0,
+        padding: float = np.nan,
+    ) -> np.ndarray:
+        """Bring new[b] tokens of each row, padded to `tokens`; return the output [B, Hq, tokens, Dv]."""
+        tokens = max(tokens, *new)
+        call = self.next_call(new, tokens, padding)
+        problem = self.case.problem(len(new), tokens)
+        output, self.cache = self.kernels.run(problem, call, in_place=in_place, schedule=schedule)
+        self.past = self.past + np.array(new, np.int32)
+        return output
+
+
+def allowed(case: Case, stream: Stream, expected: np.ndarray) -> float:
+    """The bound of kernels/attention.h, for logits of at most 32."""
+    largest = np.abs(stream.value.astype(np.float64)).max()
+    return (3 * EPSILON[case.type] + 2.0**-18 * 33) * largest

@@ -1,0 +1,82 @@
+"""Calls sink/window attention on the emulator with NumPy arrays."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from emulated import EmulatorError
+
+TYPES = {np.dtype(np.float16): 0, np.dtype(ml_dtypes.bfloat16): 1}
+FORMATS = {None: 0, 8: 1, 4: 2, 2: 3}  # by bits of a code
+CACHE = tuple(f"{part}_{kind}" for part in ("sink", "window") for kind in ("key", "value"))
+CACHE += ("window_key_scale", "window_value_scale", "recent_key", "recent_value")
+
+
+class Problem(ctypes.Structure):
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("format", ctypes.c_int),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("batch", "tokens", "query_heads", "kv_heads", "head_size", "value_size")
+        ),
+        *((name, ctypes.c_int64) for name in ("sinks", "window", "recent", "key_groups", "value_groups")),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    )
+
+
+class _Operands(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query", "query_sink", "key", "value")),
+        *((name, ctypes.c_void_p) for name in ("past_length", "new_length", "decay")),
+        ("cache", ctypes.c_void_p * len(CACHE)),
+        ("output", ctypes.c_void_p),
+    )
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call's inputs, as the operator takes them; `cache` by name."""
+
+    query: np.ndarray
+    query_sink: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    past_length: np.ndarray
+    new_length: np.ndarray
+    decay: np.ndarray
+    cache: dict[str, np.ndarray]
+
+
+class EmulatedAttention:
+    def __init__(self, library: Path) -> None:
+        self._run = ctypes.CDLL(str(library)).emulated_attention
+
+    def run(
+        self, problem: Problem, call: Call, *, in_place: bool = True, schedule: int = 0
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Return the output [B, Hq, S, Dv] and the updated cache."""
+        held = {name: np.array(getattr(call, name)) for name in Call.__dataclass_fields__ if name != "cache"}
+        cache = {name: tensor.copy() for name, tensor in call.cache.items()}
+        shape = (*held["query"].shape[:3], held["value"].shape[3])
+        output = np.empty(shape, held["query"].dtype)
+        operands = _Operands(output=output.ctypes.data, **{n: t.ctypes.data for n, t in held.items()})
+        for i, name in enumerate(CACHE):
+            operands.cache[i] = cache[name].ctypes.data if name in cache else None
+        message = ctypes.create_string_buffer(1024)
+        failed = self._run(
+            ctypes.byref(problem),
+            ctypes.byref(operands),
+            ctypes.c_int(in_place),
+            ctypes.c_uint64(schedule),
+            message,
+            ctypes.c_size_t(1024),
+        )
+        if failed:
+            raise EmulatorError(message.value.decode())
+        return output, cache
