@@ -5,6 +5,7 @@ The kernels multiply groups of 32 to 256 elements, or whole rows, and read 16 by
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -59,19 +60,30 @@ def linear_operator(site: SitePlan) -> LinearOperator | str:
         return "its activations are not scaled as they come"
     if formats not in FORMS:
         return f"there is no kernel for {formats[0]} weights and {formats[1]} activations"
-    if site.inputs * BITS[site.activations.format] % LOAD_BITS:
-        return f"rows of {site.inputs} {site.activations.format} activations are no multiple of 16 bytes"
-    row_groups = site.activation_group != site.inputs
-    if row_groups and site.weight_group != site.activation_group:
-        return "scales per group of activations need as many of the weights"
-    grouped = site.form is not WeightForm.PLAIN
-    group = site.weight_group if grouped else -(-site.inputs // SLICE) * SLICE
-    if group % SLICE:
-        return f"groups of {group} are no multiple of {SLICE}"
-    if site.form is WeightForm.GROUPED and group > LARGEST_GROUP:
-        return f"groups of {group} are above {LARGEST_GROUP}"
-    length = -(-site.inputs // group) * group
-    if length >= LONGEST:
-        return f"sums of {length} products pass 32 bits"
-    two_level = site.form is WeightForm.TWO_LEVEL
-    return LinearOperator(FORMS[formats], two_level, group, length, row_groups)
+    operator = _operator(site)
+    return next(_refusals(site, operator), operator)
+
+
+def _operator(site: SitePlan) -> LinearOperator:
+    whole = -(-site.inputs // SLICE) * SLICE
+    group = whole if site.form is WeightForm.PLAIN else site.product_group
+    return LinearOperator(
+        FORMS[site.weights.format, site.activations.format],
+        two_level=site.form is WeightForm.TWO_LEVEL,
+        group=group,
+        length=-(-site.inputs // group) * group,
+        row_groups=site.activation_group != site.inputs,
+    )
+
+
+def _refusals(site: SitePlan, operator: LinearOperator) -> Iterator[str]:
+    if site.inputs * operator.activation_bits % LOAD_BITS:
+        yield f"rows of {site.inputs} {site.activations.format} activations are no multiple of 16 bytes"
+    if operator.row_groups and site.weight_group != site.activation_group:
+        yield "groups of activations need the same groups of weights"
+    if operator.group % SLICE:
+        yield f"groups of {operator.group} are no multiple of {SLICE}"
+    if site.form is WeightForm.GROUPED and operator.group > LARGEST_GROUP:
+        yield f"groups of {operator.group} are above {LARGEST_GROUP}"
+    if operator.length >= LONGEST:
+        yield f"sums of {operator.length} products pass 32 bits"

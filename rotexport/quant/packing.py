@@ -1,4 +1,4 @@
-"""Weights as the QuantizedLinear operators read them: rows of one output each, padded, 4-bit codes in pairs."""
+"""Weights as the QuantizedLinear operators read them: a padded row for each output, 4-bit codes in pairs."""
 
 from __future__ import annotations
 
