@@ -29,6 +29,7 @@ from rotexport.pipeline import (
 )
 from rotexport.progress import Stages, Verbosity
 from rotexport.quant.calibrate import InputStatistics
+from rotexport.quant.operators import with_operators
 from rotexport.quant.plan import SitePlan, massive_sites_dynamic
 from rotexport.recipe import Recipe, load_recipe
 from rotexport.reference import reference_model
@@ -123,6 +124,8 @@ def prepare(
     with stages("export"):
         graph = export(checkpoint)
         plan = plan_sites(graph, recipe)
+        if options.plugins is not None:  # without kernels of ours TensorRT runs its own products
+            plan = with_operators(plan)
         check_attention(graph, recipe)
     return Prepared(_source(model), recipe, gpus, checkpoint, samples, graph, plan)
 

@@ -17,6 +17,7 @@ from rotexport.passes.base import Pass, PassReport, Placement
 from rotexport.passes.center_layernorms import CenterLayerNorms
 from rotexport.passes.fold_norms import FoldNorms
 from rotexport.passes.lasting_positions import LastingPositions
+from rotexport.passes.place_linears import PlaceLinears
 from rotexport.passes.precision import SetPrecision
 from rotexport.passes.quantize_activations import QuantizeActivations
 from rotexport.passes.quantize_cache import QuantizeCache
@@ -108,6 +109,9 @@ def quantization_passes(
     passes: list[Pass] = [SetPrecision(DTYPES[recipe.dtype])]
     if any(site.weights.enabled for site in plan):
         passes.append(QuantizeWeights(plan))
+    if any(site.operator for site in plan):
+        passes.append(PlaceLinears(plan))
+        plan = [site for site in plan if not site.operator]
     if any(site.activations.enabled for site in plan):
         passes.append(QuantizeActivations(plan, statistics))
     if recipe.attention.streaming:
@@ -148,5 +152,10 @@ def check_attention(graph: gs.Graph, recipe: Recipe) -> None:
 
 
 def expected_kernels(plan: Sequence[SitePlan], dtype: str) -> dict[str, Kernel]:
-    """Return what every MatMul must become in an engine, by node name."""
-    return {site.node: expected_kernel(site.weights.format, site.activations.format, dtype) for site in plan}
+    """Return what every linear must become in an engine, by node name."""
+    return {
+        site.node: Kernel.PLUGIN
+        if site.operator
+        else expected_kernel(site.weights.format, site.activations.format, dtype)
+        for site in plan
+    }

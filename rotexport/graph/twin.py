@@ -33,7 +33,7 @@ def float32_twin(graph: gs.Graph) -> gs.Graph:
         else:
             tensor.dtype = FLOAT32
     for node in twin.nodes:
-        for key in ("to", "output_dtype"):
+        for key in ("to", "output_dtype", "out_type"):
             if node.attrs.get(key) in (onnx.TensorProto.BFLOAT16, BFLOAT16):
                 node.attrs[key] = onnx.TensorProto.FLOAT
     return twin

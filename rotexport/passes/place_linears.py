@@ -40,14 +40,14 @@ ONE: Final = np.ones((1, 1), np.int8)
 
 
 class PlaceLinears(Pass):
-    """Place the operators at every planned site that has one."""
+    """Place the operators at the sites that the plan has them for (`quant.operators.with_operators`)."""
 
     name = "place-linears"
     preserves = Preserves.QUANTIZATION
 
     def __init__(self, plan: Sequence[SitePlan]) -> None:
-        self._plan = [site for site in plan if isinstance(linear_operator(site), LinearOperator)]
-        self._left = [site for site in plan if site.activations.enabled and site not in self._plan]
+        self._plan = [site for site in plan if site.operator]
+        self._left = [site for site in plan if site.activations.enabled and not site.operator]
 
     def run(self, graph: gs.Graph) -> PassReport:
         """Rewrite every planned MatMul.
@@ -63,8 +63,7 @@ class PlaceLinears(Pass):
         before: dict[int, list[gs.Node]] = {}
         placed: Counter[str] = Counter()
         for site in sorted(self._plan, key=lambda s: place[id(nodes[s.site])]):
-            operator = linear_operator(site)
-            assert isinstance(operator, LinearOperator)
+            operator = _operator_of(site)
             node = nodes[site.site]
             emitter = Emitter(f"{site.site}.input")
             codes, scale = inputs.quantized(emitter, site, operator, node.inputs[0])
@@ -80,6 +79,13 @@ class PlaceLinears(Pass):
         notes = [f"{count} products are {name}" for name, count in sorted(placed.items())]
         notes += [f"{site.site} stays as TensorRT runs it: {linear_operator(site)}" for site in self._left]
         return PassReport(len(self._plan), notes)
+
+
+def _operator_of(site: SitePlan) -> LinearOperator:
+    operator = linear_operator(site)
+    if isinstance(operator, str):
+        raise GraphError(f"site {site.site} is planned as an operator, but {operator}")
+    return operator
 
 
 def _quantization(site: SitePlan, node: gs.Node) -> Quantization:

@@ -5,8 +5,8 @@ The kernels multiply groups of 32 to 256 elements, or whole rows, and read 16 by
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 from rotexport.quant.plan import SitePlan, WeightForm
@@ -62,6 +62,11 @@ def linear_operator(site: SitePlan) -> LinearOperator | str:
         return f"there is no kernel for {formats[0]} weights and {formats[1]} activations"
     operator = _operator(site)
     return next(_refusals(site, operator), operator)
+
+
+def with_operators(plan: Sequence[SitePlan]) -> list[SitePlan]:
+    """Return the plan in which every site that an operator can run is to become one."""
+    return [replace(site, operator=isinstance(linear_operator(site), LinearOperator)) for site in plan]
 
 
 def _operator(site: SitePlan) -> LinearOperator:

@@ -30,6 +30,8 @@ class WeightForm(Enum):
 class SitePlan:
     """One linear: its site name, its MatMul node's name, its input width K, and its schemes.
 
+    `operator`: it becomes a QuantizedLinear operator (`rotexport.quant.operators`), not standard nodes.
+
     Raises:
         RecipeError: the schemes do not go together, or a group does not divide K.
 
@@ -40,6 +42,7 @@ class SitePlan:
     inputs: int
     weights: WeightScheme
     activations: ActivationScheme
+    operator: bool = False
 
     def __post_init__(self) -> None:
         weight_group, activation_group = self.weight_group, self.activation_group

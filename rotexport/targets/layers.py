@@ -36,6 +36,7 @@ class Kernel(Enum):
     FP16 = "fp16 gemm"
     BF16 = "bf16 gemm"
     FP32 = "fp32 gemm"
+    PLUGIN = "kernel of ours"
 
 
 _PRODUCTS: Final = {
@@ -73,6 +74,8 @@ class Layer:
     @property
     def kernel(self) -> Kernel | None:
         """The matrix product this layer is, or None where it is none."""
+        if self.kind.startswith("Plugin"):
+            return Kernel.PLUGIN
         factors = [o.dtype for o in (*self.inputs, *self.constants) if len(o.shape) > 1]
         if self.kind == "gemm":
             product = set(factors)

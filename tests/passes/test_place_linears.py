@@ -11,7 +11,7 @@ from rotexport.graph.edit import sort
 from rotexport.passes.place_linears import PlaceLinears
 from rotexport.passes.quantize_activations import QuantizeActivations
 from rotexport.passes.quantize_weights import QuantizeWeights
-from rotexport.quant.operators import LinearOperator, linear_operator
+from rotexport.quant.operators import LinearOperator, linear_operator, with_operators
 from rotexport.quant.plan import SitePlan
 from rotexport.quant.scheme import ActivationScheme, WeightScheme
 from rotexport.recipe import load_recipe
@@ -46,7 +46,7 @@ def site(name: str, weights: WeightScheme, activations: ActivationScheme, inputs
 
 def place(graph, plan):
     QuantizeWeights(plan).run(graph)
-    report = PlaceLinears(plan).run(graph)
+    report = PlaceLinears(with_operators(plan)).run(graph)
     sort(graph)
     return report
 
@@ -212,7 +212,7 @@ def test_a_short_row_is_padded_to_whole_slices() -> None:
 
 def test_weights_must_be_quantized_first() -> None:
     with pytest.raises(GraphError, match="site y: its weights must be quantized before"):
-        PlaceLinears([site("y", INT8, TOKENS)]).run(one_linear())
+        PlaceLinears(with_operators([site("y", INT8, TOKENS)])).run(one_linear())
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,11 @@ def test_one_right_kernel_does_not_hide_a_wrong_one():
         assert_kernels(parse_layers(twice), {"k": Kernel.INT8, "q": Kernel.INT8}, "engine")
 
 
+def test_plugins_are_kernels_of_ours():
+    log = layer("down", "PluginV3", [operand("Int8", -1, 16)], [operand("Int8", 8, 16)], ["down"])
+    assert kernels(parse_layers(log)) == {"down": {Kernel.PLUGIN}}
+
+
 def test_a_log_without_layers_is_an_error():
     with pytest.raises(TargetError, match="lists no layers"):
         parse_layers("Engine generation completed")
