@@ -21,18 +21,17 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from rotexport.errors import GraphError, UnsupportedModelError
+from rotexport.errors import GraphError
 from rotexport.graph.basis import attention_nodes
-from rotexport.graph.edit import consumers, drop_unused, producer, replace_reads, sort
+from rotexport.graph.edit import consumers, producer, replace_reads
 from rotexport.graph.masks import mask_window
 from rotexport.graph.weights import Array, InMemory, constant
 from rotexport.passes.base import Pass, PassReport, Preserves, rounding
-from rotexport.quant.emit import INT64, Emitter
+from rotexport.passes.stream_interface import StreamInterface, choose_logits
+from rotexport.quant.emit import Emitter
 from rotexport.streaming.cache import FLOAT_CACHE, CacheFormat, LayerCache
+from rotexport.streaming.centering import key_path
 from rotexport.streaming.scheme import AttentionScheme
-
-INT32 = np.dtype(np.int32)
-MIXERS = ("Attention", "SinkWindowAttention")
 
 
 class StreamAttention(Pass):
@@ -69,7 +68,7 @@ class StreamAttention(Pass):
         cached_tensors = [cache.tensors() for cache in caches]  # refuses before anything changes
         if self.cache_format.bits is None:
             self.preserves = rounding(graph)
-        stream = _Stream(graph)
+        stream = StreamInterface(graph)
         slopes: dict[tuple[int, bool], gs.Constant] = {}
         report = PassReport(len(layers))
         for layer, cache, tensors in zip(layers, caches, cached_tensors, strict=True):
@@ -81,12 +80,9 @@ class StreamAttention(Pass):
                 name: gs.Variable(f"cache.{layer.number}.{name}", tensor.dtype, ["batch", *tensor.shape])
                 for name, tensor in tensors.items()
             }
-            lengths = [graph.tensors()[name] for name in ("past_length", "new_length")]
-            fresh = [stream.positions, layer.query, query_sink, layer.key, layer.value, *lengths, decay]
-            if cache.recent:
-                fresh.append(
-                    constant(f"attention.{layer.number}.key_mean", InMemory(self._mean(layer, cache)))
-                )
+            fresh = [stream.absolute, layer.query, query_sink, layer.key, layer.value, *stream.lengths, decay]
+            if cache.format.center:
+                fresh += self._center(graph, stream, layer, cache)
             self._swap(graph, layer, cache, fresh, ports)
         choose_logits(graph)
         stream.close()
@@ -101,13 +97,32 @@ class StreamAttention(Pass):
             kv_heads, head_size, value_size, sinks, window, self.cache_format, np.dtype(layer.key.dtype)
         )
 
-    def _mean(self, layer: _Layer, cache: LayerCache) -> Array:
-        shape = (cache.kv_heads, cache.head_size)
-        if not self.cache_format.center:
-            return np.zeros(shape, cache.dtype)
+    def _center(
+        self, graph: gs.Graph, stream: StreamInterface, layer: _Layer, cache: LayerCache
+    ) -> list[gs.Variable]:
+        """Return the mean of each new token, queries times the mean, and the angles of all tokens."""
         if layer.number not in self.key_means:
             raise GraphError(f"kv_cache.center: layer {layer.number} has no calibrated mean of its keys")
-        return self.key_means[layer.number].reshape(shape).astype(cache.dtype)
+        path = key_path(stream.flow, layer.key)
+        mean = self.key_means[layer.number].reshape(cache.kv_heads, cache.head_size)
+        table, has_constant = path.mean_map(mean)
+        ring = (cache.sinks, cache.window)
+        now, everything = stream.angles(path.angles, has_constant, ring, cache.dtype)
+        emitter = Emitter(f"attention.{layer.number}.mean")
+        by_angle = emitter.lazy("table", InMemory(table.astype(cache.dtype)))
+        by_channel = emitter.lazy("turned", InMemory(table.transpose(0, 2, 1).astype(cache.dtype)))
+        axis = emitter.integers("heads", [1])
+        shape, dtype, angles = layer.query.shape, cache.dtype, table.shape[2]
+        shared = emitter.emit("Unsqueeze", "angles", [now, axis], ["batch", 1, *now.shape[1:]], dtype)
+        key_mean = emitter.emit("MatMul", "key", [shared, by_channel], layer.key.shape, dtype)
+        stacked = emitter.integers("stacked", [0, cache.kv_heads, -1, cache.head_size])
+        apart = emitter.integers("apart", [0, shape[1], -1, angles])
+        rows = emitter.emit("Reshape", "rows", [layer.query, stacked], None, dtype)
+        products = emitter.emit("MatMul", "products", [rows, by_angle], None, dtype)
+        mean_query = emitter.emit("Reshape", "query", [products, apart], [*shape[:3], angles], dtype)
+        place = graph.nodes.index(layer.node)
+        graph.nodes[place:place] = emitter.nodes
+        return [key_mean, mean_query, everything]
 
     def _decay(self, heads: int, slides: bool, known: dict[tuple[int, bool], gs.Constant]) -> gs.Constant:
         """Return slopes [Hq], one constant for layers alike; layers that slide in the model do not decay."""
@@ -190,123 +205,6 @@ def _read(graph: gs.Graph, number: int, node: gs.Node) -> _Layer:
                 f"'{tensor.name}' has no static number of heads and head size; export it with them"
             )
     return _Layer(number, node, query, new[0], new[1], all_keys, all_values, mask)
-
-
-class _Stream:
-    """The new interface: lengths in, positions computed, queries at positions inside the cache."""
-
-    def __init__(self, graph: gs.Graph) -> None:
-        self._graph = graph
-        self._copies: dict[int, dict[int, gs.Variable]] = {}  # by limit, by tensor
-        self._moves: dict[int, bool] = {}
-        inputs = {tensor.name: tensor for tensor in graph.inputs}
-        self._old = inputs["position_ids"]
-        if self._depends(graph.tensors()["block.0.input"]):
-            raise UnsupportedModelError(
-                "the model adds learned positions to its embeddings: a stream would run past their table; "
-                "use attention.kind: dense"
-            )
-        past, new = (gs.Variable(name, INT32, ["batch"]) for name in ("past_length", "new_length"))
-        graph.inputs[1:1] = [past, new]
-        emitter = Emitter("positions")
-        axes, zero, one = (
-            emitter.integers("axis", [1]),
-            emitter.number("zero", 0, INT64),
-            emitter.number("one", 1, INT64),
-        )
-        length = emitter.emit("Shape", "length", [inputs["input_ids"]], [1], INT64, start=1, end=2)
-        count = emitter.emit("Squeeze", "count", [length], [], INT64)
-        steps = emitter.emit("Range", "steps", [zero, count, one], ["sequence"], INT64)
-        past_row = emitter.cast("past", past, INT64)
-        column = emitter.emit("Unsqueeze", "column", [past_row, axes], ["batch", 1], INT64)
-        self.positions = emitter.emit("Add", "absolute", [column, steps], ["batch", "sequence"], INT64)
-        graph.nodes[0:0] = emitter.nodes
-
-    def query_at(self, query: gs.Variable, limit: int) -> gs.Variable:
-        """Return the query as computed with every position replaced by min(position, limit)."""
-        if not self._depends(query):
-            return query
-        if limit not in self._copies:
-            emitter = Emitter(f"positions.within_{limit}")
-            last = emitter.number("limit", limit, INT64)
-            clipped = emitter.emit("Min", "clipped", [self.positions, last], self.positions.shape, INT64)
-            place = self._graph.nodes.index(producer(self.positions))
-            self._graph.nodes[place + 1 : place + 1] = emitter.nodes
-            self._copies[limit] = {id(self._old): clipped}
-        return self._copy(query, self._copies[limit], f".within_{limit}")
-
-    def close(self) -> None:
-        """Read positions from the lengths; drop the old inputs and what only they fed."""
-        replace_reads(self._old, self.positions, consumers(self._old))
-        drop_unused(self._graph)
-        for tensor in list(self._graph.inputs):
-            if tensor.name in ("attention_mask", "position_ids") or tensor.name.startswith(
-                "past_key_values."
-            ):
-                self._graph.inputs.remove(tensor)
-        sort(self._graph)
-
-    def _depends(self, tensor: gs.Variable | gs.Constant) -> bool:
-        """Tell whether positions reach a tensor otherwise than through an earlier layer's attention."""
-        if id(tensor) not in self._moves:
-            writer = producer(tensor)
-            if writer is None or writer.op.startswith(MIXERS):
-                self._moves[id(tensor)] = tensor is self._old
-            else:
-                self._moves[id(tensor)] = any(self._depends(source) for source in writer.inputs)
-        return self._moves[id(tensor)]
-
-    def _copy(self, tensor: gs.Variable, copies: dict[int, gs.Variable], suffix: str) -> gs.Variable:
-        if not self._depends(tensor):
-            return tensor
-        if id(tensor) not in copies:
-            node: gs.Node = producer(tensor)
-            inputs = [self._copy(source, copies, suffix) for source in node.inputs]
-            outputs = [gs.Variable(f"{t.name}{suffix}", t.dtype, t.shape) for t in node.outputs]
-            twin = gs.Node(
-                node.op, f"{node.name}{suffix}", dict(node.attrs), inputs, outputs, domain=node.domain
-            )
-            self._graph.nodes.insert(self._graph.nodes.index(node) + 1, twin)
-            copies.update((id(old), new) for old, new in zip(node.outputs, outputs, strict=True))
-        return copies[id(tensor)]
-
-
-def choose_logits(graph: gs.Graph) -> None:
-    """Compute logits only at the positions `logit_index` [batch, logit_count] of the call.
-
-    The last block's output is gathered before the final norm and head: all logits of a long prompt would be
-    gigabytes.
-    """
-    numbers = [int(name.split(".")[1]) for name in graph.tensors() if _is_block_output(name)]
-    stream = graph.tensors()[f"block.{max(numbers)}.output"]
-    index = gs.Variable("logit_index", INT64, ["batch", "logit_count"])
-    graph.inputs.insert(1, index)
-    emitter = Emitter("logits")
-    last = emitter.integers("last", [-1])
-    places = emitter.emit("Unsqueeze", "places", [index, last], ["batch", "logit_count", 1], INT64)
-    readers = consumers(stream)
-    shape = ["batch", "logit_count", stream.shape[2]]
-    chosen = emitter.emit("GatherND", "chosen", [stream, places], shape, np.dtype(stream.dtype), batch_dims=1)
-    place = graph.nodes.index(producer(stream)) + 1
-    graph.nodes[place:place] = emitter.nodes
-    replace_reads(stream, chosen, readers)
-    for tensor in _downstream(chosen):
-        if tensor.shape is not None:
-            tensor.shape = ["logit_count" if dim == "sequence" else dim for dim in tensor.shape]
-
-
-def _is_block_output(name: str) -> bool:
-    parts = name.split(".")
-    return len(parts) == 3 and parts[0] == "block" and parts[1].isdigit() and parts[2] == "output"
-
-
-def _downstream(tensor: gs.Variable) -> list[gs.Variable]:
-    found, todo = [], [tensor]
-    while todo:
-        for node in consumers(todo.pop()):
-            found += node.outputs
-            todo += node.outputs
-    return found
 
 
 def _describe(caches: list[LayerCache]) -> list[str]:

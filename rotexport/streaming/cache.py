@@ -33,7 +33,8 @@ class CacheFormat:
     """How the ring is stored.
 
     `bits` None is the type of activations; `group` None the whole head. The `recent` newest tokens are kept
-    in the type of activations beside the codes; `center` stores keys minus their calibrated mean.
+    in the type of activations beside the codes; `center` stores keys minus their calibrated mean, which turns
+    with their positions.
     """
 
     bits: int | None = None
@@ -46,10 +47,6 @@ class CacheFormat:
             raise RecipeError(f"kv_cache.recent: {self.recent!r} is not a number of tokens")
         if self.bits is None and (self.recent or self.center):
             raise RecipeError("kv_cache.recent and kv_cache.center need a quantized cache; set its format")
-        if self.center and not self.recent:
-            raise RecipeError(
-                "kv_cache.center needs kv_cache.recent of at least 1 token; 128 serves 2 to 4 bits"
-            )
 
     @classmethod
     def named(cls, name: str, group: Group = None, recent: int = 0, center: bool = False) -> CacheFormat:
@@ -63,7 +60,8 @@ class CacheFormat:
         """The custom operator that reads and writes this format."""
         if self.bits is None:
             return "SinkWindowAttention"
-        return f"SinkWindowAttentionInt{self.bits}{'Recent' if self.recent else ''}"
+        options = f"{'Centered' if self.center else ''}{'Recent' if self.recent else ''}"
+        return f"SinkWindowAttentionInt{self.bits}{options}"
 
 
 FLOAT_CACHE: Final = CacheFormat()

@@ -96,7 +96,8 @@ def attend(definition: Definition, row: Row, decay: Tensor, key_mean: Tensor | N
         definition: the numbers.
         row: queries, keys and values.
         decay: [Hq], not negative.
-        key_mean: [Hk, D], subtracted from keys before they are quantized and added back on reading.
+        key_mean: [Hk, N, D], the mean at each token's position, subtracted from keys before they are
+            quantized and added back on reading.
 
     """
     length = row.query.shape[1]
@@ -105,7 +106,7 @@ def attend(definition: Definition, row: Row, decay: Tensor, key_mean: Tensor | N
     is_sink = (position < definition.sinks)[None, :].expand(length, length)
     exact = is_sink | (distance < definition.recent)
     repeat = row.query.shape[0] // row.key.shape[0]
-    mean = torch.zeros(()) if key_mean is None else key_mean[:, None]
+    mean = torch.zeros(()) if key_mean is None else key_mean
     per_key_head = (
         row.key,
         row.value,

@@ -12,7 +12,12 @@ from rotexport.graph.io import to_proto
 from rotexport.streaming.oracle import Definition, visible
 
 TOLERANCE = 1e-5  # of the largest output: float32 against float64
-FORMATS = [(None, 0), (8, 0), (4, 0), (2, 0), (8, 2), (4, 3), (2, 5)]  # bits, recent
+Stored = tuple[int | None, int, bool]  # bits, recent tokens, centered keys
+FORMATS: list[Stored] = [
+    *((bits, 0, False) for bits in (None, 8, 4, 2)),
+    *((8, 2, False), (4, 3, False), (2, 5, False)),
+    *((8, 0, True), (4, 0, True), (2, 0, True), (8, 2, True), (4, 1, True), (2, 5, True)),
+]
 
 
 def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
@@ -20,7 +25,8 @@ def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
 
 
 @st.composite
-def shapes(draw: st.DrawFn, bits: int | None, recent: int) -> Shape:
+def shapes(draw: st.DrawFn, stored: Stored) -> Shape:
+    bits, recent, center = stored
     head_size, value_size = draw(st.sampled_from([(8, 8), (16, 8), (8, 24), (64, 64)]))
     definition = Definition(
         sinks=draw(st.integers(0, 4)),
@@ -31,14 +37,14 @@ def shapes(draw: st.DrawFn, bits: int | None, recent: int) -> Shape:
         group=None if bits is None else draw(st.sampled_from([None, 4, 8])),
         recent=recent,
     )
-    return Shape(definition, draw(st.integers(1, 2)), draw(st.integers(1, 3)), head_size, value_size)
+    return Shape(definition, draw(st.integers(1, 2)), draw(st.integers(1, 3)), head_size, value_size, center)
 
 
-@pytest.mark.parametrize(("bits", "recent"), FORMATS)
+@pytest.mark.parametrize("stored", FORMATS, ids=str)
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_ragged_calls_compute_the_definition(bits: int | None, recent: int, data: st.DataObject) -> None:
-    shape = data.draw(shapes(bits, recent))
+def test_ragged_calls_compute_the_definition(stored: Stored, data: st.DataObject) -> None:
+    shape = data.draw(shapes(stored))
     batch = data.draw(st.integers(1, 3))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     decay = rng.choice([0.0, 0.05, 1.0], shape.query_heads).astype(np.float32)
@@ -61,13 +67,15 @@ def test_ragged_calls_compute_the_definition(bits: int | None, recent: int, data
         np.testing.assert_allclose(caller.cache[name], content, rtol=ulps, atol=0, err_msg=name)
 
 
-@pytest.mark.parametrize(("bits", "recent"), FORMATS)
+@pytest.mark.parametrize("stored", FORMATS, ids=str)
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(cuts=st.sets(st.integers(1, 39)), sinks=st.integers(0, 4), window=st.integers(5, 16))
 def test_any_split_into_calls_gives_the_same_outputs_and_cache(
-    bits: int | None, recent: int, cuts: set[int], sinks: int, window: int
+    stored: Stored, cuts: set[int], sinks: int, window: int
 ) -> None:
-    shape = Shape(Definition(sinks, window, scale=0.3, bits=bits, recent=recent), kv_heads=2, repeat=2)
+    bits, recent, center = stored
+    definition = Definition(sinks, window, scale=0.3, bits=bits, recent=recent)
+    shape = Shape(definition, kv_heads=2, repeat=2, center=center)
     rng = np.random.default_rng(sinks)
     stream = random_stream(shape, 40, rng)
     stream.key = rng.standard_normal(stream.key.shape).astype(np.float32)  # ties too: both runs are float32
@@ -137,6 +145,6 @@ def test_the_reference_evaluator_runs_the_bodies_too() -> None:
     feeds = {name: getattr(stream, name)[None] for name in ("query", "query_sink", "key", "value")}
     feeds |= {name: np.zeros((1, *t.shape), t.dtype) for name, t in shape.cache.tensors().items()}
     feeds |= {"past_length": np.zeros(1, np.int32), "new_length": np.full(1, 9, np.int32)}
-    feeds |= {"positions": np.arange(9)[None], "decay": np.zeros(4, np.float32), "key_mean": shape.key_mean}
+    feeds |= {"positions": np.arange(9)[None], "decay": np.zeros(4, np.float32)}
     output = ReferenceEvaluator(to_proto(operator_graph(shape))).run(None, feeds)[0]
     assert_close(output[0], stream.expected(shape, feeds["decay"]))

@@ -14,6 +14,8 @@ from rotexport.graph.io import to_proto
 from rotexport.streaming.cache import CacheFormat, LayerCache
 from rotexport.streaming.oracle import Definition, Row, attend, pack, quantize, ring_positions
 
+ANGLES = 3
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -24,6 +26,7 @@ class Shape:
     repeat: int = 1
     head_size: int = 8
     value_size: int = 8
+    center: bool = False
 
     @property
     def query_heads(self) -> int:
@@ -32,16 +35,24 @@ class Shape:
     @property
     def cache(self) -> LayerCache:
         d = self.definition
-        stored = CacheFormat(d.bits, d.group, d.recent)
+        stored = CacheFormat(d.bits, d.group, d.recent, self.center)
         sizes = (self.kv_heads, self.head_size, self.value_size)
         return LayerCache(*sizes, d.sinks, d.window, stored, np.dtype(np.float32))
 
     @property
-    def key_mean(self) -> np.ndarray:
-        """A mean [Hk, D] that operators with a recent window subtract from keys."""
-        return (
-            np.random.default_rng(9).integers(-8, 8, (self.kv_heads, self.head_size)).astype(np.float32) / 8
-        )
+    def mean_map(self) -> np.ndarray:
+        """What makes a mean key of angles: [Hk, D, ANGLES]."""
+        shape = (self.kv_heads, self.head_size, ANGLES)
+        return np.random.default_rng(9).integers(-8, 8, shape).astype(np.float32) / 8
+
+    def key_means(self, length: int) -> np.ndarray:
+        """The mean [Hk, N, D] at each position; few bits, so that float32 holds it exactly."""
+        return np.einsum("hdr,nr->hnd", self.mean_map, angles(np.arange(length)))
+
+
+def angles(positions: np.ndarray) -> np.ndarray:
+    """Some function of positions [...]: [..., ANGLES]."""
+    return np.stack([positions % 5 - 2, positions % 3 - 1, positions * 0 + 1], -1).astype(np.float32) / 4
 
 
 @dataclass
@@ -59,7 +70,7 @@ class Stream:
 
     def expected(self, shape: Shape, decay: np.ndarray) -> np.ndarray:
         row = Row(*(torch.from_numpy(t) for t in (self.query, self.query_sink, self.key, self.value)))
-        mean = torch.from_numpy(shape.key_mean) if shape.definition.recent else None
+        mean = torch.from_numpy(shape.key_means(self.length)) if shape.center else None
         return attend(shape.definition, row, torch.from_numpy(decay), mean).numpy()
 
 
@@ -118,15 +129,25 @@ class Caller:
         }
         lengths = {"past_length": self.past, "new_length": np.array(new, np.int32)}
         positions = self.past[:, None] + np.arange(size)
-        constants = {"decay": self.decay}
-        if self.shape.definition.recent:
-            constants["key_mean"] = self.shape.key_mean
+        others = {"decay": self.decay}
+        if self.shape.center:
+            others |= self._means(feeds["query"], positions)
         output, *presents = self.session.run(
-            None, {**feeds, **lengths, **constants, **self.cache, "positions": positions}
+            None, {**feeds, **lengths, **others, **self.cache, "positions": positions}
         )
         self.cache = dict(zip(self.cache, presents, strict=True))
         self.past = self.past + np.array(new, np.int32)
         return output
+
+    def _means(self, query: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
+        """Return what operators that center keys are told of the mean."""
+        d, table = self.shape.definition, self.shape.mean_map
+        held = np.array([[j or 0 for j in ring_positions(p, d.sinks, d.window)] for p in self.past])
+        return {
+            "key_mean": np.einsum("hdr,bsr->bhsd", table, angles(positions)),
+            "mean_query": np.einsum("bhsd,hdr->bhsr", query, table.repeat(self.shape.repeat, 0)),
+            "mean_angles": np.concatenate([angles(held), angles(positions)], 1),
+        }
 
 
 def run_stream(
@@ -158,8 +179,8 @@ def _row_cache(shape: Shape, stream: Stream, length: int) -> dict[str, np.ndarra
         if d.bits is None:
             stored = {f"window_{kind}": tensor}
         else:
-            centered = kind == "key" and d.recent > 0
-            mean = torch.from_numpy(shape.key_mean)[:, None] if centered else torch.zeros(())
+            centered = kind == "key" and shape.center
+            mean = torch.from_numpy(shape.key_means(tensor.shape[1])) if centered else torch.zeros(())
             grid = quantize(tensor - mean, d.bits, d.group or size)
             stored = {
                 f"window_{kind}": pack(grid.levels, d.bits),
@@ -191,7 +212,7 @@ def operator_graph(shape: Shape, dtype: type = np.float32) -> gs.Graph:
         *(gs.Variable(kind, dtype, [batch, kv, tokens, size]) for kind, size in sizes.items()),
         *(gs.Variable(name, np.int32, [batch]) for name in ("past_length", "new_length")),
         gs.Variable("decay", np.float32, [heads]),
-        *([gs.Variable("key_mean", dtype, [kv, shape.head_size])] if d.recent else []),
+        *(_mean_inputs(shape, dtype) if shape.center else []),
     ]
     tensors = replace(shape.cache, dtype=np.dtype(dtype)).tensors()
     cached = [gs.Variable(name, tensor.dtype, [batch, *tensor.shape]) for name, tensor in tensors.items()]
@@ -210,6 +231,15 @@ def operator_graph(shape: Shape, dtype: type = np.float32) -> gs.Graph:
         operator, "attention", attributes, [*inputs, *cached], [output, *presents], domain="rotexport"
     )
     return gs.Graph([node], [*inputs, *cached], [output, *presents], opset=23)
+
+
+def _mean_inputs(shape: Shape, dtype: type) -> list[gs.Variable]:
+    window = shape.definition.window
+    return [
+        gs.Variable("key_mean", dtype, ["batch", shape.kv_heads, "sequence", shape.head_size]),
+        gs.Variable("mean_query", dtype, ["batch", shape.query_heads, "sequence", ANGLES]),
+        gs.Variable("mean_angles", dtype, ["batch", f"{window} + sequence", ANGLES]),
+    ]
 
 
 @cache
