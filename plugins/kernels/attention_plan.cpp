@@ -48,6 +48,7 @@ Status check(const Problem& p) {
                 std::to_string(p.window));
   }
   if (p.recent > 0 && p.format == Format::kFloat) return fail("recent is for windows of codes");
+  if (!(p.scale > 0)) return fail("scale is " + std::to_string(p.scale) + ", must be positive");
   if (!(p.softcap >= 0)) return fail("softcap is " + std::to_string(p.softcap) + ", must not be negative");
   if (p.format != Format::kFloat) {
     if (const Status status = check_groups("key", p.key_groups, p.head_size); !status) return status;

@@ -1,0 +1,262 @@
+"""Sink/window attention on the emulator: outputs against float64, caches bit for bit, whatever the split into calls."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from attention_cases import Case, Session, Stream, allowed
+from emulated import EmulatorError
+from emulated_attention import EmulatedAttention
+from support.streams import Shape, operator_graph
+
+from rotexport.graph.io import to_proto
+from rotexport.streaming.oracle import Definition, Row, attend
+
+TYPES = (np.float16, ml_dtypes.bfloat16)
+FORMATS = [(None, 0), (8, 0), (4, 0), (2, 0), (8, 3), (4, 20), (2, 6)]  # bits, recent
+SIZES = [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (112, 48), (16, 256)]
+MORE_THAN_DECODED = 17  # the kernels decode up to 16 new tokens, and prefill more
+
+
+@pytest.fixture(scope="module")
+def kernels(emulated: Path) -> EmulatedAttention:
+    return EmulatedAttention(emulated / "librotexport_emulated_kernels.so")
+
+
+def assert_close(case: Case, stream: Stream, found: np.ndarray, expected: np.ndarray) -> None:
+    assert np.abs(found.astype(np.float64) - expected).max() <= allowed(case, stream)
+
+
+def assert_caches_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    for name, content in expected.items():
+        np.testing.assert_array_equal(found[name].view(np.int8), content.view(np.int8), err_msg=name)
+
+
+def check_stream(kernels: EmulatedAttention, case: Case, calls: list[list[int]], seed: int = 0) -> None:
+    """Run calls (new tokens of each row), and compare all outputs and the last cache with the definition."""
+    rng = np.random.default_rng(seed)
+    lengths = np.sum(calls, axis=0)
+    streams = [Stream(case, max(length, 1), rng) for length in lengths]
+    expected = [stream.expected() for stream in streams]
+    session = Session(kernels, case, streams)
+    for new in calls:
+        past = session.past
+        output = session.call(new, max(new) + int(rng.integers(3)), schedule=int(rng.integers(3)))
+        for row, (p, n) in enumerate(zip(past, new, strict=True)):
+            assert not output[row, :, n:].astype(np.float64).any(), "padded tokens have no output"
+            if n > 0:
+                assert_close(case, streams[row], output[row, :, :n], expected[row][:, p : p + n])
+    for row, length in enumerate(lengths):
+        held = {name: tensor[row] for name, tensor in session.cache.items()}
+        assert_caches_equal(held, streams[row].expected_cache(length))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("bits", "recent"), FORMATS[:5])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_every_size_type_and_format(
+    kernels: EmulatedAttention, sizes: tuple[int, int], bits: int | None, recent: int, dtype: type
+) -> None:
+    """Prefill, then decode a few tokens around the ring, then prefill over what it holds."""
+    case = Case(*sizes, repeat=2, bits=bits, recent=recent, dtype=dtype)
+    check_stream(kernels, case, [[18], [3], [20]])
+
+
+@pytest.mark.parametrize(("bits", "recent"), FORMATS)
+@pytest.mark.parametrize("seed", range(4))
+def test_ragged_calls_compute_the_definition(
+    kernels: EmulatedAttention, bits: int | None, recent: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    window = int(rng.integers(max(recent, 1), 40))
+    case = Case(
+        *(64, 64, int(rng.integers(1, 3)), int(rng.choice([1, 2, 3, 5])), int(rng.integers(0, 6)), window),
+        *(bits, recent, rng.choice([None, 16, 32])),
+        softcap=float(rng.choice([0, 2.5])),
+        decay=float(rng.choice([0, 0.5])),
+        dtype=TYPES[seed % 2],
+    )
+    calls = [[int(n) for n in rng.choice([0, 1, 2, 16, 17, 45], size=2)] for _ in range(4)]
+    check_stream(kernels, case, calls, seed)
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4, 2])
+@pytest.mark.parametrize("calls", [[70], [1] * 6 + [64], [33, 33, 4], [16, 16, 16, 16, 6]])
+def test_any_split_into_calls_leaves_the_same_cache(
+    kernels: EmulatedAttention, bits: int | None, calls: list[int]
+) -> None:
+    """With 4 sinks and a window of 24 the ring wraps at different places in each of these."""
+    check_stream(kernels, Case(sinks=4, window=24, bits=bits), [[n] for n in calls])
+
+
+@pytest.mark.parametrize(("sinks", "window"), [(0, 1), (0, 300), (1, 1), (64, 64), (70, 100)])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_extreme_windows_over_many_tiles(
+    kernels: EmulatedAttention, sinks: int, window: int, bits: int | None
+) -> None:
+    check_stream(kernels, Case(sinks=sinks, window=window, bits=bits), [[190], [1], [2]])
+
+
+@pytest.mark.parametrize(("bits", "recent"), [(None, 0), (4, 0), (8, 3)])
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_schedules_and_buffers_do_not_matter(
+    kernels: EmulatedAttention, bits: int | None, recent: int, tokens: int
+) -> None:
+    case = Case(kv_heads=2, repeat=2, window=18, bits=bits, recent=recent, decay=0.1)
+    rng = np.random.default_rng(0)
+    streams = [Stream(case, 60, rng) for _ in range(2)]
+    outcomes = []
+    for schedule, in_place in [(0, True), (1, True), (2, False)]:
+        session = Session(kernels, case, streams)
+        session.call([20, 7])
+        output = session.call([tokens, 1], schedule=schedule, in_place=in_place)
+        outcomes.append({"output": output, **session.cache})
+    assert_caches_equal(outcomes[1], outcomes[0])
+    assert_caches_equal(outcomes[2], outcomes[0])
+
+
+def test_tiles_that_nobody_sees_are_not_read(kernels: EmulatedAttention) -> None:
+    """128 packed rows share tiles: queries far from a NaN are right, whether or not they stand in its block."""
+    case = Case(sinks=1, window=10)
+    stream = Stream(case, 400, np.random.default_rng(0))
+    expected = stream.expected()
+    stream.value[:, 20] = np.nan
+    output = Session(kernels, case, [stream]).call([400])[0]
+    assert np.isnan(output[:, 20:30].astype(np.float32)).all()
+    assert_close(case, stream_without_nan(stream), output[:, 128:], expected[:, 128:])
+
+
+def stream_without_nan(stream: Stream) -> Stream:
+    stream.value = np.nan_to_num(stream.value)
+    return stream
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("tokens", [3, MORE_THAN_DECODED])
+def test_rows_of_the_batch_do_not_leak(kernels: EmulatedAttention, bits: int | None, tokens: int) -> None:
+    """Between a NaN row and an infinite one, a row is what it is alone; slots that hold nothing are not read."""
+    case = Case(bits=bits, repeat=2)
+    rng = np.random.default_rng(0)
+    alone = Stream(case, tokens, rng)
+    wild = [Stream(case, tokens, rng) for _ in range(2)]
+    for stream, poison in zip(wild, (np.nan, np.inf), strict=True):
+        for tensor in (stream.query, stream.query_sink, stream.key, stream.value):
+            tensor[:] = poison
+    session = Session(kernels, case, [wild[0], alone, wild[1]])
+    for tensor in session.cache.values():
+        if tensor.dtype != np.int8:
+            tensor[:] = np.nan
+    output = session.call([tokens] * 3)
+    assert_close(case, alone, output[1], alone.expected())
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("tokens", [1, MORE_THAN_DECODED])
+def test_a_row_without_tokens_stays_as_it_is(
+    kernels: EmulatedAttention, bits: int | None, tokens: int
+) -> None:
+    case = Case(bits=bits)
+    session = Session(kernels, case, [Stream(case, 60, np.random.default_rng(row)) for row in range(2)])
+    session.call([30, 11])
+    before = {name: tensor[1].copy() for name, tensor in session.cache.items()}
+    output = session.call([tokens, 0])
+    assert not output[1].any()
+    assert_caches_equal({name: tensor[1] for name, tensor in session.cache.items()}, before)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("tokens", [1, MORE_THAN_DECODED])
+def test_long_streams_are_as_exact_as_short_ones(
+    kernels: EmulatedAttention, bits: int | None, tokens: int
+) -> None:
+    """Whole turns of the ring later slots and distances are the same, so everything is, bit for bit."""
+    case = Case(bits=bits, decay=0.3)
+    stream = Stream(case, 40 + tokens, np.random.default_rng(0))
+    session = Session(kernels, case, [stream])
+    session.call([40])
+    call = session.next_call([tokens], tokens, 0.0)
+    later = replace(call, past_length=call.past_length + np.int32(10**7 * case.window))
+    outcomes = [kernels.run(case.problem(1, tokens), one) for one in (call, later)]
+    np.testing.assert_array_equal(outcomes[1][0], outcomes[0][0])
+    assert_caches_equal(outcomes[1][1], outcomes[0][1])
+
+
+@pytest.mark.parametrize("tokens", [4, MORE_THAN_DECODED])
+def test_lengths_are_clamped_to_the_tensors(kernels: EmulatedAttention, tokens: int) -> None:
+    """A builder times kernels on whatever its buffers hold."""
+    case = Case(bits=4, recent=2)
+    stream = Stream(case, tokens, np.random.default_rng(0))
+    call = Session(kernels, case, [stream]).next_call([tokens], tokens, 0.0)
+    whole, _ = kernels.run(case.problem(1, tokens), call)
+    lengths = {"past_length": np.int32([-7]), "new_length": np.int32([2**31 - 1])}
+    np.testing.assert_array_equal(kernels.run(case.problem(1, tokens), replace(call, **lengths))[0], whole)
+    lengths = {"past_length": np.int32([2**31 - 1]), "new_length": np.int32([-1])}
+    assert not kernels.run(case.problem(1, tokens), replace(call, **lengths))[0].any()
+
+
+def test_the_reference_is_the_oracle(kernels: EmulatedAttention) -> None:
+    """What these tests compare with is the oracle's definition, but for scales of narrow types."""
+    case = Case(kv_heads=2, repeat=2, softcap=3.0, decay=0.4)
+    stream = Stream(case, 50, np.random.default_rng(0))
+    row = Row(*(torch.from_numpy(t) for t in (stream.query, stream.query_sink, stream.key, stream.value)))
+    definition = Definition(case.sinks, case.window, case.scale, case.softcap)
+    exact = attend(definition, row, torch.from_numpy(case.slopes)).numpy()
+    np.testing.assert_allclose(stream.expected(), exact, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("bits", "recent"), [(None, 0), (8, 0), (4, 5), (2, 0)])
+@pytest.mark.parametrize("tokens", [3, 30])
+def test_the_kernel_computes_its_operators_body(
+    kernels: EmulatedAttention, bits: int | None, recent: int, tokens: int
+) -> None:
+    """The body runs in float16 in ONNX Runtime: its caches are the kernel's, bit for bit."""
+    case = Case(
+        kv_heads=2, repeat=2, bits=bits, recent=recent, group=32 if bits else None, softcap=4.0, decay=0.2
+    )
+    definition = Definition(case.sinks, case.window, case.scale, case.softcap, bits, case.group, recent)
+    graph = operator_graph(Shape(definition, 2, 2, case.head_size, case.value_size), np.float16)
+    model = to_proto(graph).SerializeToString()
+    body = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    streams = [Stream(case, 80, np.random.default_rng(row)) for row in range(2)]
+    session = Session(kernels, case, streams)
+    session.call([40, 9])
+    call = session.next_call([tokens, 2], tokens, 0.0)
+    feeds = {name: getattr(call, name) for name in ("query", "query_sink", "key", "value", "decay")}
+    feeds |= {"past_length": call.past_length, "new_length": call.new_length, **call.cache}
+    feeds["positions"] = call.past_length[:, None] + np.arange(tokens, dtype=np.int64)
+    expected = dict(zip((o.name for o in body.get_outputs()), body.run(None, feeds), strict=True))
+    output = session.call([tokens, 2])
+    for row, stream in enumerate(streams):
+        assert_close(case, stream, output[row], expected["output"][row].astype(np.float64))
+    assert_caches_equal(session.cache, {name: expected[f"present_{name}"] for name in session.cache})
+
+
+@pytest.mark.parametrize(
+    ("case", "complaint"),
+    [
+        (Case(head_size=72), "head_size is 72, the kernel needs a multiple of 16 up to 256"),
+        (Case(value_size=272), "value_size is 272, the kernel needs a multiple of 16 up to 256"),
+        (Case(window=0), "window is 0, a query sees at least itself"),
+        (Case(bits=4, recent=21), "recent is 21, must lie between 1 and the window of 20"),
+        (Case(recent=2), "recent is for windows of codes"),
+        (
+            Case(bits=8, group=8),
+            "8 groups of a key head of 64 channels: the kernel needs groups of a multiple",
+        ),
+        (Case(softcap=-1.0), "softcap is -1.000000, must not be negative"),
+    ],
+)
+def test_what_the_kernel_cannot_take_is_refused(
+    kernels: EmulatedAttention, case: Case, complaint: str
+) -> None:
+    stream = Stream(Case(), 1, np.random.default_rng(0))
+    call = Session(kernels, Case(), [stream]).next_call([1], 1, 0.0)
+    with pytest.raises(EmulatorError, match="SinkWindowAttention: ") as caught:
+        kernels.run(case.problem(1, 1), call)
+    assert complaint in str(caught.value)
