@@ -9,6 +9,8 @@ from pathlib import Path
 import onnx_graphsurgeon as gs
 from transformers import PreTrainedModel
 
+from rotexport.blocks.calibration import Network, solve_blocks
+from rotexport.blocks.gptq_blocks import GptqMethod
 from rotexport.checkpoint import Checkpoint, open_checkpoint
 from rotexport.doctor import require
 from rotexport.errors import TargetError, ValidationError
@@ -20,6 +22,7 @@ from rotexport.graph.weights import Array
 from rotexport.observe import observe_inputs, observe_keys, outliers
 from rotexport.output import MODEL, OutputDirectory
 from rotexport.pipeline import (
+    Calibrated,
     Pipeline,
     check_attention,
     expected_kernels,
@@ -31,6 +34,7 @@ from rotexport.progress import Stages, Verbosity
 from rotexport.quant.calibrate import InputStatistics
 from rotexport.quant.operators import with_operators
 from rotexport.quant.plan import SitePlan, massive_sites_dynamic
+from rotexport.quant.scales import WeightQuantizer
 from rotexport.recipe import Recipe, load_recipe
 from rotexport.reference import reference_model
 from rotexport.report import BuildReport, write_report
@@ -48,7 +52,8 @@ class BuildOptions:
 
     `gpus` are compute capabilities (`sm89`); `calibration` is a text file, by default Python's own prose;
     `profiles` bounds the calls that engines accept; `plugins` is our library of CUDA kernels, for the target
-    `tensorrt` alone, which must be loaded before its engines are.
+    `tensorrt` alone, which must be loaded before its engines are. `resume` keeps the blocks whose weights
+    are chosen, and a build that finds some there continues behind them.
     """
 
     target: str = "onnx"
@@ -56,6 +61,7 @@ class BuildOptions:
     calibration: Path | None = None
     profiles: Profiles = field(default_factory=Profiles)
     plugins: Path | None = None
+    resume: Path | None = None
     validate: bool = True
     force: bool = False
     trust_remote_code: bool = False
@@ -118,7 +124,7 @@ def prepare(
         raise TargetError(f"target {options.target} runs no plugins; leave out --plugins {options.plugins}")
     with stages("open"):
         checkpoint = open_checkpoint(model, trust_remote_code=options.trust_remote_code)
-        samples = Samples.of(checkpoint, options.calibration)
+        samples = Samples.of(checkpoint, options.calibration, recipe.calibration_windows)
         if recipe.attention.streaming and options.validate:
             samples = samples.within(recipe.attention.reach)
     with stages("export"):
@@ -151,20 +157,12 @@ def _compile(prepared: Prepared, options: BuildOptions, folder: Path, stages: St
             if options.validate and recipe.rotations.enabled:
                 found.outliers_after = outliers(observe_inputs(graph, scratch, [samples.tokens]))
 
-        statistics: dict[str, InputStatistics] = {}
-        if any(site.activations.enabled and site.activations.mode == "static" for site in plan):
-            with stages("calibrate"):
-                statistics = observe_inputs(graph, scratch, list(samples.calibration))
-                plan, notes = massive_sites_dynamic(plan, statistics)
-                found.notes += notes
-
-        key_means: dict[int, Array] = {}
-        if recipe.kv_cache.center:
-            with stages("center keys"):
-                key_means = observe_keys(graph, scratch, list(samples.calibration), recipe.attention.sinks)
+        kept = options.resume or scratch.directory / "blocks"
+        calibrated = _calibrate(prepared, scratch, kept, found, stages)
+        plan = found.plan
 
         with stages("quantize") as stage:
-            pipeline.run(quantization_passes(recipe, plan, statistics, key_means), stage.detail)
+            pipeline.run(quantization_passes(recipe, plan, calibrated), stage.detail)
 
         with stages("write"):
             save_model(graph, folder / MODEL, WeightFile(folder / f"{MODEL}.data", source=scratch))
@@ -191,13 +189,39 @@ def _compile(prepared: Prepared, options: BuildOptions, folder: Path, stages: St
             )
             found.engines = build_engines(request, folder / "engines", stage.detail)
 
-    found.plan = plan
     found.plugins = options.plugins
     report = make_report(found, prepared.checkpoint, graph, pipeline, folder)
     report = replace(report, stages=tuple(stages.records))
     write_manifest(report, graph, folder)
     write_report(report, folder)
     return report
+
+
+def _calibrate(
+    prepared: Prepared, scratch: Scratch, kept: Path, found: Findings, stages: Stages
+) -> Calibrated:
+    """Run the rotated graph on the calibration text as far as the recipe needs; settle `found.plan`."""
+    recipe, graph, windows = prepared.recipe, prepared.graph, prepared.samples.calibration
+    found.plan = prepared.plan
+    statistics: dict[str, InputStatistics] = {}
+    if any(site.activations.enabled and site.activations.mode == "static" for site in found.plan):
+        with stages("calibrate"):
+            statistics = observe_inputs(graph, scratch, list(windows))
+            found.plan, notes = massive_sites_dynamic(found.plan, statistics)
+            found.notes += notes
+
+    key_means: dict[int, Array] = {}
+    if recipe.kv_cache.center:
+        with stages("center keys"):
+            key_means = observe_keys(graph, scratch, list(windows), recipe.attention.sinks)
+
+    solved: dict[str, WeightQuantizer] = {}
+    if any(site.weights.enabled and site.weights.method == "gptq" for site in found.plan):
+        with stages("blocks") as stage:
+            network = Network(graph, found.plan, statistics, recipe)
+            method = GptqMethod(recipe.gptq)
+            solved, found.blocks = solve_blocks(network, method, windows, kept, stage.advance)
+    return Calibrated(statistics, key_means, solved)
 
 
 def _refuse(output: OutputDirectory, proof: Proof) -> None:

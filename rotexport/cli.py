@@ -55,6 +55,7 @@ def build_command(options: argparse.Namespace) -> int:
         calibration=options.calibration,
         profiles=Profiles(options.max_batch, options.max_length),
         plugins=options.plugins,
+        resume=options.resume,
         validate=not options.no_validate,
         force=options.force,
         trust_remote_code=options.trust_remote_code,
@@ -217,6 +218,9 @@ def _add_build(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     command.add_argument(
         "--plugins", type=Path, metavar="LIBRARY", help="our CUDA kernels, for target tensorrt"
+    )
+    command.add_argument(
+        "--resume", type=Path, metavar="FOLDER", help="keep finished blocks here, and continue behind them"
     )
     command.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="float type of activations")
     command.add_argument("--no-validate", action="store_true", help="skip every check against PyTorch")

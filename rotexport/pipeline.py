@@ -29,6 +29,7 @@ from rotexport.passes.share_weights import ShareWeights
 from rotexport.passes.stream_attention import StreamAttention
 from rotexport.quant.calibrate import InputStatistics
 from rotexport.quant.plan import SitePlan
+from rotexport.quant.scales import WeightQuantizer
 from rotexport.recipe import Recipe, Rotations
 from rotexport.streaming.scheme import stream_format
 from rotexport.targets.layers import Kernel, expected_kernel
@@ -96,27 +97,32 @@ def rotation_passes(rotations: Rotations) -> list[Pass]:
     return passes
 
 
-def quantization_passes(
-    recipe: Recipe,
-    plan: Sequence[SitePlan],
-    statistics: Mapping[str, InputStatistics],
-    key_means: Mapping[int, Array],
-) -> list[Pass]:
-    """Return the passes that change numbers, then the one that stores equal ones once.
+@dataclass(frozen=True)
+class Calibrated:
+    """What calibration text decided.
 
-    `statistics` of inputs, by site, are for static activations; `key_means` of layers for centred caches.
+    `statistics` of inputs, by site, are for static activations; `key_means` of layers for centred caches;
+    `solved` weights, by site, were chosen block by block.
     """
+
+    statistics: Mapping[str, InputStatistics] = field(default_factory=dict)
+    key_means: Mapping[int, Array] = field(default_factory=dict)
+    solved: Mapping[str, WeightQuantizer] = field(default_factory=dict)
+
+
+def quantization_passes(recipe: Recipe, plan: Sequence[SitePlan], calibrated: Calibrated) -> list[Pass]:
+    """Return the passes that change numbers, then the one that stores equal ones once."""
     passes: list[Pass] = [SetPrecision(DTYPES[recipe.dtype])]
     if any(site.weights.enabled for site in plan):
-        passes.append(QuantizeWeights(plan))
+        passes.append(QuantizeWeights(plan, calibrated.solved))
     if any(site.operator for site in plan):
         passes.append(PlaceLinears(plan))
         plan = [site for site in plan if not site.operator]
     if any(site.activations.enabled for site in plan):
-        passes.append(QuantizeActivations(plan, statistics))
+        passes.append(QuantizeActivations(plan, calibrated.statistics))
     if recipe.attention.streaming:
         ring = stream_format(recipe.kv_cache, recipe.attention.window)
-        passes += [StreamAttention(recipe.attention, ring, key_means), LastingPositions()]
+        passes += [StreamAttention(recipe.attention, ring, calibrated.key_means), LastingPositions()]
     elif recipe.kv_cache.enabled:
         passes.append(QuantizeCache(recipe.kv_cache))
     return [*passes, ShareWeights()]

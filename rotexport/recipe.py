@@ -17,15 +17,17 @@ from typing import Any, Final, TypeVar
 import yaml
 
 from rotexport.errors import RecipeError
+from rotexport.learning.training import Training
 from rotexport.metrics import Thresholds
-from rotexport.quant.gptq import GptqSettings
-from rotexport.quant.scheme import ActivationScheme, CacheScheme, WeightScheme
+from rotexport.quant.scheme import ActivationScheme, CacheScheme, GptqSettings, WeightScheme
 from rotexport.streaming.scheme import AttentionScheme, stream_format
 from rotexport.transforms.transform import Hadamard, OrthogonalMatrix, Transform
 
 KINDS: Final = ("none", "hadamard", "random-hadamard", "orthogonal")
 DTYPES: Final = ("fp32", "fp16", "bf16")
 ONLINE_ROTATIONS: Final = ("r3", "r4", "o_heads")
+
+CALIBRATION_WINDOWS: Final = 16
 
 T = TypeVar("T")
 
@@ -121,6 +123,9 @@ class Recipe:
     weights: WeightScheme = field(default_factory=WeightScheme)
     activations: ActivationScheme = field(default_factory=ActivationScheme)
     gptq: GptqSettings = field(default_factory=GptqSettings)
+    reconstruct: Training = field(default_factory=Training)
+    distill: Training = field(default_factory=Training)
+    calibration_windows: int = CALIBRATION_WINDOWS
     kv_cache: CacheScheme = field(default_factory=CacheScheme)
     attention: AttentionScheme = field(default_factory=AttentionScheme)
     overrides: tuple[Override, ...] = ()
@@ -129,6 +134,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise RecipeError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if not isinstance(self.calibration_windows, int) or self.calibration_windows < 1:
+            raise RecipeError(
+                f"calibration_windows: {self.calibration_windows!r} is not a positive number of windows"
+            )
         if self.activations.enabled and not self.weights.enabled:
             raise RecipeError(
                 f"activations.format: {self.activations.format} needs quantized weights; "
@@ -168,6 +177,8 @@ SECTIONS: Final[Mapping[str, type]] = {
     "weights": WeightScheme,
     "activations": ActivationScheme,
     "gptq": GptqSettings,
+    "reconstruct": Training,
+    "distill": Training,
     "kv_cache": CacheScheme,
     "attention": AttentionScheme,
     "thresholds": Thresholds,

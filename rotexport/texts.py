@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from rotexport.checkpoint import Checkpoint
 from rotexport.errors import RotexportError
+from rotexport.recipe import CALIBRATION_WINDOWS
 
 Windows: TypeAlias = npt.NDArray[np.int64]
 
 SAMPLE_LENGTH = 512  # tokens per window, or the model's context where that is shorter
 PERPLEXITY_WINDOWS = 2
-CALIBRATION_WINDOWS = 16
 PROSE = "English prose from the documentation that comes with Python"
 
 _SENTENCES = re.compile(r"[A-Z].*[.:!?]", re.DOTALL)
@@ -114,8 +114,10 @@ class Samples:
     source: str
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, calibration: Path | None = None) -> Samples:
-        """Cut them from Python's own prose, with `calibration` windows from a text file if one is given.
+    def of(
+        cls, checkpoint: Checkpoint, calibration: Path | None = None, count: int = CALIBRATION_WINDOWS
+    ) -> Samples:
+        """Cut them from Python's own prose, with `count` calibration windows from a text file if given.
 
         A model without a tokenizer gets random tokens.
 
@@ -128,12 +130,12 @@ class Samples:
         if tokenizer is None:
             if calibration is not None:
                 raise RotexportError(f"the model has no tokenizer to read '{calibration}' with; leave it out")
-            windows = random_windows(checkpoint.config.vocab_size, length, proof + CALIBRATION_WINDOWS)
+            windows = random_windows(checkpoint.config.vocab_size, length, proof + count)
             return cls(windows[0], windows[1:proof], windows[proof:], "random tokens")
-        windows = token_windows(tokenizer, default_text(), length)[: proof + CALIBRATION_WINDOWS]
+        windows = token_windows(tokenizer, default_text(), length)[: proof + count]
         seen, source = windows[proof:], PROSE
         if calibration is not None:
-            seen = token_windows(tokenizer, read_text(calibration), length)[:CALIBRATION_WINDOWS]
+            seen = token_windows(tokenizer, read_text(calibration), length)[:count]
             source = f"{PROSE}; calibrated on {calibration.name}"
         return cls(windows[0], windows[1:proof], seen, source)
 

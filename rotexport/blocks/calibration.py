@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -31,8 +31,9 @@ from rotexport.quant.calibrate import InputStatistics
 from rotexport.quant.formats import activation_format, weight_format
 from rotexport.quant.plan import SitePlan
 from rotexport.quant.scales import QuantizedTensor, WeightQuantizer
-from rotexport.quant.scheme import CacheScheme, group_size
+from rotexport.quant.scheme import group_size
 from rotexport.quant.solved import SolvedWeight, dequantized, save_solved
+from rotexport.recipe import Recipe
 
 Advance = Callable[[int, int], None]
 
@@ -58,8 +59,8 @@ class BlockTask:
 class BlockMethod(Protocol):
     """A way to choose the codes of a block."""
 
-    def solve(self, task: BlockTask) -> tuple[dict[str, QuantizedTensor], dict[str, Any]]:
-        """Return the quantized weights of sites, and figures by site for the report.
+    def solve(self, task: BlockTask) -> tuple[dict[str, QuantizedTensor], dict[str, dict[str, float]]]:
+        """Return the quantized weights of sites, and of each the relative loss after each step.
 
         May leave anything in `task.block.weights`; fills `task.targets`.
         """
@@ -72,7 +73,7 @@ class Network:
     graph: gs.Graph
     plan: Sequence[SitePlan]
     statistics: Mapping[str, InputStatistics]
-    cache: CacheScheme
+    recipe: Recipe
 
     def edits(self, block: BlockGraph) -> Edits:
         """Return the activation and cache quantizers of a block."""
@@ -96,12 +97,15 @@ class Network:
 
     def _attention(self, block: BlockGraph) -> dict[str, Edit]:
         sizes = [int(node.inputs[1].shape[-1]) for node in block.nodes if node.op == "Attention"]
-        formats = {"key": self.cache.key, "value": self.cache.value}
+        if self.recipe.attention.streaming:
+            return {}  # its caches are the operator's; the linears are calibrated behind a float one
+        cache = self.recipe.kv_cache
+        formats = {"key": cache.key, "value": cache.value}
         return {
             name: CacheQuantizer(
                 number_format,
-                group_size(self.cache.group, sizes[0], "kv_cache.group", "a head"),
-                self.cache.clip,
+                group_size(cache.group, sizes[0], "kv_cache.group", "a head"),
+                cache.clip,
             )
             for name, number_format in formats.items()
             if number_format != "none" and sizes
@@ -110,11 +114,14 @@ class Network:
 
 @dataclass(frozen=True)
 class BlockResult:
-    """How far a block's output is from the float network's: relative root mean square, over all windows."""
+    """How far a block's output is from the float network's: relative root mean square, over all windows.
+
+    `sites` holds, by site, the relative loss of its product after each step.
+    """
 
     block: int
     error: float
-    sites: Mapping[str, Any]
+    sites: dict[str, dict[str, float]]
 
 
 def solve_blocks(
@@ -227,7 +234,7 @@ class _Runner:
 
 def _digest(network: Network, method: BlockMethod, windows: Array) -> str:
     """Tell runs apart by their graph, plan, method and text; weights by what they are computed from."""
-    described = repr((list(network.plan), network.cache, method)).encode()
+    described = repr((list(network.plan), network.recipe, method)).encode()
     digest = hashlib.sha256(described + np.ascontiguousarray(windows).tobytes())
     for node in network.graph.nodes:
         digest.update(f"{node.op}{sorted(node.attrs)}{[tensor.name for tensor in node.inputs]}".encode())

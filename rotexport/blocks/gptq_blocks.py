@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +14,11 @@ from rotexport.blocks.calibration import BlockTask
 from rotexport.blocks.torch_block import NO_EDITS, Edit, Edits
 from rotexport.graph.weights import Array
 from rotexport.quant.formats import weight_format
-from rotexport.quant.gptq import GptqSettings, damped, descend, gptq, loss
+from rotexport.quant.gptq import damped, descend, gptq, loss
 from rotexport.quant.grids import FreeScales, Grid, IntegerFactors
 from rotexport.quant.plan import SitePlan, WeightForm
 from rotexport.quant.scales import QuantizedTensor, ScaledRounding
+from rotexport.quant.scheme import GptqSettings
 from rotexport.quant.solved import dequantized
 
 
@@ -53,14 +53,14 @@ class GptqMethod:
 
     settings: GptqSettings
 
-    def solve(self, task: BlockTask) -> tuple[dict[str, QuantizedTensor], dict[str, Any]]:
+    def solve(self, task: BlockTask) -> tuple[dict[str, QuantizedTensor], dict[str, dict[str, float]]]:
         """Return codes and scales, and each site's loss as rounded, after GPTQ and after descent."""
         block, batches = task.block, task.inputs.batches()
         exact = [block.begin(task.float_inputs[windows], task.context) for windows in batches]
         inexact = [block.begin(task.inputs[windows], task.context) for windows in batches]
         original = dict(block.weights)
         solved: dict[str, QuantizedTensor] = {}
-        figures: dict[str, Any] = {}
+        figures: dict[str, dict[str, float]] = {}
         for group in block.groups:
             moments = self._advance(task, group, (exact, inexact), original)
             for sites in _alike([task.plan[site] for site in group]):

@@ -17,7 +17,7 @@ overflow. The Cast that the float activation needs until then goes with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +40,10 @@ class QuantizeWeights(Pass):
     name = "quantize-weights"
     preserves = Preserves.QUANTIZATION
 
-    def __init__(self, plan: Sequence[SitePlan]) -> None:
+    def __init__(self, plan: Sequence[SitePlan], solved: Mapping[str, WeightQuantizer] | None = None) -> None:
+        """Take the quantizers in `solved`, by site, in place of those that the plan's schemes describe."""
         self._plan = [site for site in plan if site.weights.enabled]
+        self._solved = solved or {}
 
     def run(self, graph: gs.Graph) -> PassReport:
         """Rewrite every planned MatMul.
@@ -61,7 +63,8 @@ class QuantizeWeights(Pass):
         for site in self._plan:
             node = nodes[site.site]
             emitter = Emitter(f"{site.site}.weight")
-            quantization = Quantization(_exact(weight_of(node.inputs[1])), quantizer_of(site), memo)
+            quantizer = self._solved.get(site.site) or quantizer_of(site)
+            quantization = Quantization(_exact(weight_of(node.inputs[1])), quantizer, memo)
             weight = _Weight(emitter, quantization, site, float_type(node.inputs[0]))
             node.inputs[1] = emitter.cast("narrowed", weight.dequantized(), weight.activation_type)
             before[id(node)] = emitter.nodes
@@ -70,11 +73,11 @@ class QuantizeWeights(Pass):
 
 
 def quantizer_of(site: SitePlan) -> WeightQuantizer:
-    """Return the quantizer that a site's weight scheme asks for."""
+    """Return the quantizer that rounds a site's weight as its scheme asks."""
     return ScaledRounding(
         weight_format(site.weights.format),
         site.weight_group,
-        search=site.weights.method == "search",
+        search=site.weights.method != "rtn",
         two_level=site.form is WeightForm.TWO_LEVEL,
     )
 

@@ -13,46 +13,13 @@ descent), and scales the value of least squares given all codes. None of these s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 import torch
 
-from rotexport.errors import RecipeError
 from rotexport.graph.weights import Array
 from rotexport.quant.grids import Grid
-
-ORDERS: Final = ("natural", "activation")
-
-
-@dataclass(frozen=True)
-class GptqSettings:
-    """How GPTQ runs.
-
-    `damping` times the mean of H's diagonal is added to it. `order` "activation" quantizes input channels by
-    falling second moment. `sweeps` counts rounds of coordinate descent with refitted scales afterwards.
-    `feedback` aims at the float network's outputs from the quantized network's inputs, instead of at the
-    float weight. Updates reach beyond `block` rows once per block, which changes speed only.
-    """
-
-    damping: float = 0.01
-    order: str = "natural"
-    sweeps: int = 2
-    feedback: bool = True
-    block: int = 32
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.damping, int | float) or not 0 < self.damping <= 1:
-            raise RecipeError(f"gptq.damping: {self.damping!r} is not above 0 and at most 1")
-        if self.order not in ORDERS:
-            raise RecipeError(f"gptq.order: {self.order!r} is not one of {', '.join(ORDERS)}")
-        if not isinstance(self.sweeps, int) or self.sweeps < 0:
-            raise RecipeError(f"gptq.sweeps: {self.sweeps!r} is not a number of rounds")
-        if not isinstance(self.feedback, bool):
-            raise RecipeError(f"gptq.feedback: {self.feedback!r} is not true or false")
-        if not isinstance(self.block, int) or self.block < 1:
-            raise RecipeError(f"gptq.block: {self.block!r} is not a positive number of rows")
+from rotexport.quant.scheme import GptqSettings
 
 
 def damped(hessian: Array, damping: float) -> Array:

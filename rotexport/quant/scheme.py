@@ -12,6 +12,7 @@ Group: TypeAlias = int | Literal["auto"] | None
 LINEAR_FORMATS: Final = ("none", "int8", "int4", "fp8")
 CACHE_FORMATS: Final = ("none", "int8", "int4", "int2")
 METHODS: Final = ("rtn", "search", "gptq")
+GPTQ_ORDERS: Final = ("natural", "activation")
 MODES: Final = ("static", "dynamic")
 OBSERVERS: Final = ("max", "percentile", "mse")
 AUTO_GROUPS: Final = (64, 32, 16)
@@ -45,6 +46,33 @@ class WeightScheme:
     def enabled(self) -> bool:
         """Whether anything is quantized."""
         return self.format != "none"
+
+
+@dataclass(frozen=True)
+class GptqSettings:
+    """How GPTQ runs.
+
+    `damping` times the mean of H's diagonal is added to it. `order` "activation" quantizes input channels by
+    falling second moment. `sweeps` counts rounds of coordinate descent with refitted scales afterwards.
+    `feedback` aims at the float network's outputs from the quantized network's inputs, instead of at the
+    float weight. Updates reach beyond `block` rows once per block, which changes speed only.
+    """
+
+    damping: float = 0.01
+    order: str = "natural"
+    sweeps: int = 2
+    feedback: bool = True
+    block: int = 32
+
+    def __post_init__(self) -> None:
+        _check_fraction("gptq.damping", self.damping)
+        _one_of("gptq.order", self.order, GPTQ_ORDERS)
+        if not isinstance(self.sweeps, int) or self.sweeps < 0:
+            raise RecipeError(f"gptq.sweeps: {self.sweeps!r} is not a number of rounds")
+        if not isinstance(self.feedback, bool):
+            raise RecipeError(f"gptq.feedback: {self.feedback!r} is not true or false")
+        if not isinstance(self.block, int) or self.block < 1:
+            raise RecipeError(f"gptq.block: {self.block!r} is not a positive number of rows")
 
 
 @dataclass(frozen=True)

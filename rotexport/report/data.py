@@ -91,6 +91,19 @@ class EngineSummary:
 
 
 @dataclass(frozen=True)
+class BlockSummary:
+    """One block whose weights were chosen on calibration text.
+
+    `error` is its output's, over all blocks up to it, relative to the float model's; `losses` of its products
+    by site and step (`rounding`, `gptq`, ...), each relative to the power of the product.
+    """
+
+    block: int
+    error: float
+    losses: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
 class BuildReport:
     """Everything that the page shows.
 
@@ -124,6 +137,7 @@ class BuildReport:
     transforms: tuple[TransformSummary, ...] = ()
     passes: tuple[PassSummary, ...] = ()
     outliers: tuple[SiteOutliers, ...] = ()
+    weights: tuple[BlockSummary, ...] = ()
     proof: Proof | None = None
     stream: StreamComparison | None = None
     engines: tuple[EngineSummary, ...] = ()

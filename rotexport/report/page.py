@@ -10,6 +10,7 @@ from importlib import resources
 from rotexport.report import sections
 from rotexport.report.data import BuildReport, TransformSummary
 from rotexport.report.markup import count, duration, figure, parameters, size
+from rotexport.report.weights import weights
 from rotexport.validate import Proof
 
 
@@ -23,6 +24,7 @@ def render(report: BuildReport) -> str:
         sections.stream(report.stream),
         sections.outliers(report.outliers),
         sections.rotations(report),
+        weights(report.weights),
         sections.passes(report),
         sections.engines(report),
         sections.cost(report),

@@ -17,6 +17,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from rotexport import __version__
+from rotexport.blocks.calibration import BlockResult
 from rotexport.checkpoint import Checkpoint
 from rotexport.graph.basis import Bases, Component, residual
 from rotexport.observe import Outliers
@@ -26,6 +27,7 @@ from rotexport.pipeline import Pipeline
 from rotexport.quant.plan import SitePlan
 from rotexport.recipe import Recipe
 from rotexport.report.data import (
+    BlockSummary,
     BuildReport,
     ComponentSummary,
     EngineSummary,
@@ -55,6 +57,7 @@ class Findings:
     outliers_before: dict[str, Outliers] = field(default_factory=dict)
     outliers_after: dict[str, Outliers] = field(default_factory=dict)
     plan: list[SitePlan] = field(default_factory=list)
+    blocks: list[BlockResult] = field(default_factory=list)
     proof: Proof | None = None
     engines: list[EngineReport] = field(default_factory=list)
     plugins: Path | None = None
@@ -131,6 +134,7 @@ def make_report(
         transforms=summarize_placements(pipeline.placements),
         passes=_passes(pipeline),
         outliers=summarize_outliers(findings.outliers_before, findings.outliers_after),
+        weights=tuple(BlockSummary(b.block, b.error, b.sites) for b in findings.blocks),
         proof=findings.proof,
         engines=tuple(_engine(engine, findings.plan) for engine in findings.engines),
         notes=tuple(findings.notes),

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from rotexport.errors import RecipeError
 from rotexport.quant.formats import weight_format
-from rotexport.quant.gptq import GptqSettings, damped, descend, gptq, inverse_factor, loss
+from rotexport.quant.gptq import damped, descend, gptq, inverse_factor, loss
 from rotexport.quant.grids import FreeScales, Grid, IntegerFactors
 from rotexport.quant.scales import ScaledRounding
+from rotexport.quant.scheme import GptqSettings
 
 INT4 = weight_format("int4")
 

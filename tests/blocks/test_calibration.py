@@ -1,0 +1,152 @@
+"""Weights chosen block by block: what is exported is what was chosen, and a run goes on where it stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.tiny import tiny_model
+
+from rotexport.blocks.calibration import Network, solve_blocks
+from rotexport.blocks.gptq_blocks import GptqMethod
+from rotexport.blocks.split import split_blocks
+from rotexport.blocks.torch_block import TorchBlock
+from rotexport.checkpoint import open_checkpoint
+from rotexport.errors import OutputError
+from rotexport.export import export
+from rotexport.graph.io import Scratch, save_model
+from rotexport.graph.weights import weight_of
+from rotexport.pipeline import Calibrated, Pipeline, plan_sites, quantization_passes, rotation_passes
+from rotexport.quant.scheme import GptqSettings
+from rotexport.quant.solved import dequantized
+from rotexport.recipe import from_mapping
+from rotexport.runtime.model import OnnxModel
+
+SIZES = {"hidden_size": 64, "intermediate_size": 128}
+WINDOWS = np.random.default_rng(0).integers(3, 90, (6, 40))
+ROTATIONS = {"r1": "random-hadamard", "r2": "hadamard", "r4": "hadamard"}
+W4A8 = {
+    "dtype": "fp32",
+    "rotations": ROTATIONS,
+    "weights": {"format": "int4", "group": 32, "method": "gptq"},
+    "activations": {"format": "int8", "mode": "dynamic"},
+    "kv_cache": {"key": "int4", "value": "int4"},
+}
+SCHEMES = {
+    "two-level": W4A8,
+    "grouped": W4A8 | {"activations": {"format": "int4", "mode": "dynamic", "group": 32}},
+    "per channel": W4A8 | {"weights": {"format": "int4", "method": "gptq"}},
+    "weights alone": {"dtype": "fp32", "weights": {"format": "int4", "group": 32, "method": "gptq"}},
+}
+
+
+def network_of(mapping) -> Network:
+    recipe = from_mapping(mapping)
+    graph = export(open_checkpoint(tiny_model("llama", **SIZES)))
+    plan = plan_sites(graph, recipe)
+    Pipeline(graph, None).run(rotation_passes(recipe.rotations), announce=lambda name: None)
+    return Network(graph, plan, {}, recipe)
+
+
+GPTQ = GptqMethod(GptqSettings())
+
+
+def run(network: Network, folder: Path, method=GPTQ, advance=lambda done, of: None):
+    return solve_blocks(network, method, WINDOWS, folder, advance)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_the_exported_graph_holds_what_was_chosen_and_computes_what_was_calibrated(
+    name: str, tmp_path: Path
+) -> None:
+    network = network_of(SCHEMES[name])
+    solved, _ = run(network, tmp_path / "blocks")
+    split = split_blocks(network.graph)
+    context, expected = split.context(40), split.embed(WINDOWS[0])
+    chosen = {site: solved[site].quantize(np.empty(shape_of(network, site))) for site in solved}
+    with torch.no_grad():
+        for part in split.blocks:
+            block = TorchBlock(part)
+            block.weights = {site: torch.from_numpy(dequantized(chosen[site])) for site in block.weights}
+            expected = block(expected, context, network.edits(part))
+    passes = quantization_passes(network.recipe, network.plan, Calibrated(solved=solved))
+    pipeline = Pipeline(network.graph, None)
+    pipeline.run(passes, announce=lambda name: None)
+    assert {site: codes_of(network.graph, site) for site in chosen} == {
+        site: tensor.codes.astype(np.int8).tobytes() for site, tensor in chosen.items()
+    }
+    save_model(network.graph, tmp_path / "model.onnx", Scratch(tmp_path))
+    last = split.blocks[-1].output
+    result = OnnxModel(tmp_path / "model.onnx", extra_outputs=[last]).run(WINDOWS[:1], outputs=[last])[last]
+    # Sums in another order put a few activations on the other side of a rounding tie: a step of one in 127
+    # (or 15 levels of the cache) now and then.
+    assert np.abs(result - expected.numpy()).mean() < 2e-3 * np.abs(result).mean()
+
+
+def shape_of(network: Network, site: str) -> tuple[int, ...]:
+    return next(
+        tuple(linear.weight.shape)
+        for part in split_blocks(network.graph).blocks
+        for linear in part.sites
+        if linear.name == site
+    )
+
+
+def codes_of(graph, site: str) -> bytes:
+    name = f"{site}.weight.codes"
+    return weight_of(graph.tensors()[name]).read().astype(np.int8).tobytes()
+
+
+def test_feedback_follows_the_float_network_more_closely(tmp_path: Path) -> None:
+    network = network_of(
+        W4A8
+        | {
+            "activations": {"format": "int4", "mode": "dynamic"},
+            "weights": {"format": "int4", "method": "gptq"},
+        }
+    )
+    last = {}
+    for feedback in (False, True):
+        method = GptqMethod(GptqSettings(feedback=feedback))
+        _, results = run(network, tmp_path / str(feedback), method)
+        last[feedback] = results[-1].error
+    assert last[True] < 0.97 * last[False]
+
+
+def test_every_site_reports_a_falling_loss(tmp_path: Path) -> None:
+    _, results = run(network_of(W4A8), tmp_path)
+    assert [result.block for result in results] == [0, 1]
+    for result in results:
+        assert set(result.sites) == {
+            f"{result.block}.{role}" for role in ("query", "key", "value", "output", "gate", "up", "down")
+        }
+        for losses in result.sites.values():
+            assert losses["rounding"] > losses["gptq"] > losses["descent"] > 0
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    whole, results = run(network_of(W4A8), tmp_path / "whole")
+
+    def stop(done: int, of: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(network_of(W4A8), tmp_path / "cut", advance=stop)
+    kept = (tmp_path / "cut" / "block-0.npz").stat().st_mtime_ns
+    rest, resumed = run(network_of(W4A8), tmp_path / "cut")
+    assert resumed == results
+    assert (tmp_path / "cut" / "block-0.npz").stat().st_mtime_ns == kept
+    network = network_of(W4A8)
+    for site, quantizer in whole.items():
+        shape = shape_of(network, site)
+        first, second = (found.quantize(np.empty(shape)) for found in (quantizer, rest[site]))
+        np.testing.assert_array_equal(first.codes, second.codes)
+    assert not list((tmp_path / "cut").glob("*.stream"))
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    run(network_of(W4A8), tmp_path)
+    with pytest.raises(OutputError, match="holds a calibration of another model, recipe or text"):
+        run(network_of(W4A8), tmp_path, GptqMethod(GptqSettings(sweeps=1)))
