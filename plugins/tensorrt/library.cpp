@@ -1,6 +1,7 @@
 // The two symbols by which TensorRT finds the plugins of a library. Nothing here needs libnvinfer.
 
 #include "tensorrt/fast_hadamard_plugin.h"
+#include "tensorrt/quantized_linear_plugin.h"
 #include "tensorrt/report.h"
 
 namespace {
@@ -13,7 +14,9 @@ struct Creators {
   Creator<FastHadamardPlugin<Output::kSame>> plain;
   Creator<FastHadamardPlugin<Output::kInt8>> int8;
   Creator<FastHadamardPlugin<Output::kInt4>> int4;
-  nvinfer1::IPluginCreatorInterface* all[3] = {&plain, &int8, &int4};
+  std::vector<nvinfer1::IPluginCreatorInterface*> all = {&plain, &int8, &int4};
+
+  Creators() { rotexport::add_linear_creators(all); }
 };
 
 }  // namespace
@@ -21,8 +24,8 @@ struct Creators {
 extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(
     int32_t& count) {
   static Creators creators;
-  count = static_cast<int32_t>(sizeof creators.all / sizeof creators.all[0]);
-  return creators.all;
+  count = static_cast<int32_t>(creators.all.size());
+  return creators.all.data();
 }
 
 extern "C" __attribute__((visibility("default"))) void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {

@@ -15,6 +15,8 @@ PLUGINS = Path(__file__).parents[2] / "plugins"
 for helpers in (Path(__file__).parent, PLUGINS / "bench", PLUGINS / "host", PLUGINS / "tools"):
     sys.path.insert(0, str(helpers))
 
+from driver import Host  # noqa: E402
+
 
 @pytest.fixture(scope="session")
 def emulated() -> Path:
@@ -34,3 +36,11 @@ def emulated() -> Path:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return build
+
+
+@pytest.fixture(scope="session")
+def host(emulated: Path) -> Host:
+    """Return what drives the plugin library, where it could be built."""
+    if not (emulated / "librotexport_host.so").is_file():
+        pytest.skip("TensorRT's headers are missing: python plugins/tools/fetch_tensorrt_headers.py")
+    return Host(emulated)

@@ -103,20 +103,28 @@ def test_one_architecture_builds_without_spills() -> None:
     assert all(record.registers <= 168 for record in transforms)
     attention = [record for record in report.resources if "sink_window_attention" in record.kernel]
     assert len(attention) == 48  # 2 types x (5 sizes, 4 formats x 3 sizes, 7 that move the cache)
+    linears = [record for record in report.resources if "quantized_linear" in record.kernel]
+    assert (
+        len(linears) == 24
+    )  # 2 formats x 4 scales and 1 x 3, each for few and for many rows, and the sums of splits
     assert not any(record.stack_bytes or record.spill_store_bytes for record in report.resources)
     assert_loadable_without_tensorrt(report.library)
     if importlib.util.find_spec("tensorrt_rtx"):
-        assert len(check_library(report.library)) == 3
+        assert len(check_library(report.library)) >= 3 + 18
 
 
 def test_tensorrts_registry_lists_the_creators(library: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     listed = list_creators(library)
-    assert [(one.name, one.version, one.namespace, one.fields) for one in listed] == [
+    hadamards = [one for one in listed if one.name.startswith("FastHadamard")]
+    assert [(one.name, one.version, one.namespace, one.fields) for one in hadamards] == [
         ("FastHadamard", "1", "rotexport", ()),
         ("FastHadamardInt4", "1", "rotexport", ("clip",)),
         ("FastHadamardInt8", "1", "rotexport", ("clip",)),
     ]
+    linears = [one for one in listed if one.name.startswith("QuantizedLinear")]
+    assert len(linears) == 18
+    assert all(set(one.fields) == {"group", "out_type"} for one in linears)
     assert check_library(library) == listed
 
 

@@ -39,16 +39,10 @@ def request(
     return Request(plugin, list(inputs.values()), default if fields is None else fields)
 
 
-@pytest.fixture(scope="module")
-def host(emulated: Path) -> Host:
-    if not (emulated / "librotexport_host.so").is_file():
-        pytest.skip("TensorRT's headers are missing: python plugins/tools/fetch_tensorrt_headers.py")
-    return Host(emulated)
-
-
 def test_creators_and_their_fields(host: Host) -> None:
     common = ["1", "rotexport", "PLUGIN CREATOR_V3ONE"]
-    assert host.creators() == [
+    listed = [creator for creator in host.creators() if creator[0].startswith("FastHadamard")]
+    assert listed == [
         ["FastHadamard", *common],
         ["FastHadamardInt8", *common, "clip:1:1"],
         ["FastHadamardInt4", *common, "clip:1:1"],
