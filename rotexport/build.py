@@ -11,12 +11,14 @@ from transformers import PreTrainedModel
 
 from rotexport.blocks.calibration import Network, solve_blocks
 from rotexport.blocks.gptq_blocks import GptqMethod
+from rotexport.blocks.sensitivity import sensitivities, widen
 from rotexport.checkpoint import Checkpoint, open_checkpoint
 from rotexport.doctor import require
 from rotexport.errors import TargetError, ValidationError
 from rotexport.export import export
 from rotexport.graph.basis import analyse
 from rotexport.graph.io import Scratch, WeightFile, save_model
+from rotexport.graph.sites import linears
 from rotexport.graph.twin import runnable
 from rotexport.graph.weights import Array
 from rotexport.observe import observe_inputs, observe_keys, outliers
@@ -214,6 +216,14 @@ def _calibrate(
     if recipe.kv_cache.center:
         with stages("center keys"):
             key_means = observe_keys(graph, scratch, list(windows), recipe.attention.sinks)
+
+    if recipe.mixed.enabled:
+        with stages("sensitivity") as stage:
+            network = Network(graph, found.plan, statistics, recipe)
+            found.sensitivities = sensitivities(network, windows, recipe.mixed, stage.advance)
+            outputs = {linear.name: int(linear.weight.shape[1]) for linear in linears(graph)}
+            found.plan, notes = widen(found.plan, found.sensitivities, outputs, recipe.mixed)
+            found.notes += notes
 
     solved: dict[str, WeightQuantizer] = {}
     if any(site.weights.enabled and site.weights.method == "gptq" for site in found.plan):

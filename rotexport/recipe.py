@@ -19,7 +19,7 @@ import yaml
 from rotexport.errors import RecipeError
 from rotexport.learning.training import Training
 from rotexport.metrics import Thresholds
-from rotexport.quant.scheme import ActivationScheme, CacheScheme, GptqSettings, WeightScheme
+from rotexport.quant.scheme import ActivationScheme, CacheScheme, GptqSettings, MixedScheme, WeightScheme
 from rotexport.streaming.scheme import AttentionScheme, stream_format
 from rotexport.transforms.transform import Hadamard, OrthogonalMatrix, Transform
 
@@ -125,6 +125,7 @@ class Recipe:
     gptq: GptqSettings = field(default_factory=GptqSettings)
     reconstruct: Training = field(default_factory=Training)
     distill: Training = field(default_factory=Training)
+    mixed: MixedScheme = field(default_factory=MixedScheme)
     calibration_windows: int = CALIBRATION_WINDOWS
     kv_cache: CacheScheme = field(default_factory=CacheScheme)
     attention: AttentionScheme = field(default_factory=AttentionScheme)
@@ -177,6 +178,7 @@ SECTIONS: Final[Mapping[str, type]] = {
     "weights": WeightScheme,
     "activations": ActivationScheme,
     "gptq": GptqSettings,
+    "mixed": MixedScheme,
     "reconstruct": Training,
     "distill": Training,
     "kv_cache": CacheScheme,

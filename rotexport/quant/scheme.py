@@ -76,6 +76,28 @@ class GptqSettings:
 
 
 @dataclass(frozen=True)
+class MixedScheme:
+    """Which weights stay wider: those whose rounding hurts their block most per byte.
+
+    `format` is what they get, per output channel ("none": no site stays wider), and `budget` the size of all
+    quantized weights, relative to what they would take without.
+    """
+
+    format: str = "none"
+    budget: float = 1.05
+
+    def __post_init__(self) -> None:
+        _one_of("mixed.format", self.format, ("none", "int8"))
+        if not _is_number(self.budget) or not 1 <= self.budget <= 2:
+            raise RecipeError(f"mixed.budget: {self.budget!r} is not between 1 and 2 times the size")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any site may stay wider."""
+        return self.format != "none" and self.budget > 1
+
+
+@dataclass(frozen=True)
 class ActivationScheme:
     """How the input of a site is quantized.
 

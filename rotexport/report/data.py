@@ -104,6 +104,19 @@ class BlockSummary:
 
 
 @dataclass(frozen=True)
+class SiteSensitivity:
+    """Error in a block's output when one site alone is quantized, relative to the output's power.
+
+    `wide` is with its weight kept wider; `kept_wide` says whether it was.
+    """
+
+    site: str
+    narrow: float
+    wide: float
+    kept_wide: bool
+
+
+@dataclass(frozen=True)
 class BuildReport:
     """Everything that the page shows.
 
@@ -138,6 +151,7 @@ class BuildReport:
     passes: tuple[PassSummary, ...] = ()
     outliers: tuple[SiteOutliers, ...] = ()
     weights: tuple[BlockSummary, ...] = ()
+    sensitivities: tuple[SiteSensitivity, ...] = ()
     proof: Proof | None = None
     stream: StreamComparison | None = None
     engines: tuple[EngineSummary, ...] = ()

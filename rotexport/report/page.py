@@ -10,7 +10,7 @@ from importlib import resources
 from rotexport.report import sections
 from rotexport.report.data import BuildReport, TransformSummary
 from rotexport.report.markup import count, duration, figure, parameters, size
-from rotexport.report.weights import weights
+from rotexport.report.weights import sensitivity, weights
 from rotexport.validate import Proof
 
 
@@ -25,6 +25,7 @@ def render(report: BuildReport) -> str:
         sections.outliers(report.outliers),
         sections.rotations(report),
         weights(report.weights),
+        sensitivity(report.sensitivities),
         sections.passes(report),
         sections.engines(report),
         sections.cost(report),

@@ -18,6 +18,7 @@ import onnx_graphsurgeon as gs
 
 from rotexport import __version__
 from rotexport.blocks.calibration import BlockResult
+from rotexport.blocks.sensitivity import Sensitivity
 from rotexport.checkpoint import Checkpoint
 from rotexport.graph.basis import Bases, Component, residual
 from rotexport.observe import Outliers
@@ -35,6 +36,7 @@ from rotexport.report.data import (
     ModelSummary,
     PassSummary,
     SiteOutliers,
+    SiteSensitivity,
     TransformSummary,
 )
 from rotexport.streaming.cache import graph_cache_bytes
@@ -58,6 +60,7 @@ class Findings:
     outliers_after: dict[str, Outliers] = field(default_factory=dict)
     plan: list[SitePlan] = field(default_factory=list)
     blocks: list[BlockResult] = field(default_factory=list)
+    sensitivities: list[Sensitivity] = field(default_factory=list)
     proof: Proof | None = None
     engines: list[EngineReport] = field(default_factory=list)
     plugins: Path | None = None
@@ -135,9 +138,19 @@ def make_report(
         passes=_passes(pipeline),
         outliers=summarize_outliers(findings.outliers_before, findings.outliers_after),
         weights=tuple(BlockSummary(b.block, b.error, b.sites) for b in findings.blocks),
+        sensitivities=_sensitivities(findings),
         proof=findings.proof,
         engines=tuple(_engine(engine, findings.plan) for engine in findings.engines),
         notes=tuple(findings.notes),
+    )
+
+
+def _sensitivities(findings: Findings) -> tuple[SiteSensitivity, ...]:
+    formats = {site.site: site.weights.format for site in findings.plan}
+    wider = findings.recipe.mixed.format
+    return tuple(
+        SiteSensitivity(found.site, found.narrow, found.wide, formats[found.site] == wider)
+        for found in findings.sensitivities
     )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rotexport.report.charts import Axes, Series, legend, line_chart
-from rotexport.report.data import BlockSummary
+from rotexport.report.data import BlockSummary, SiteSensitivity
 from rotexport.report.markup import figure, table
 
 STYLES = ("before", "faint", "after")
+SHOWN = 10
 
 
 def weights(blocks: Sequence[BlockSummary]) -> str:
@@ -41,3 +42,20 @@ def _means(blocks: Sequence[BlockSummary], step: str) -> list[tuple[float, float
         block.block: [losses[step] for losses in block.losses.values() if step in losses] for block in blocks
     }
     return [(number, sum(values) / len(values)) for number, values in found.items() if values]
+
+
+def sensitivity(sites: Sequence[SiteSensitivity]) -> str:
+    """What each site alone costs its block, the worst first."""
+    if not sites:
+        return ""
+    worst = sorted(sites, key=lambda found: found.narrow, reverse=True)
+    rows = [
+        [found.site, figure(found.narrow), figure(found.wide), "wider" if found.kept_wide else ""]
+        for found in worst
+    ]
+    header = ["Site", "Error", "With a wider weight", "Kept"]
+    return (
+        "<h2>Sensitivity</h2>\n<p>Each site quantized alone, rounded to nearest: the power of the error in "
+        "its block's output over the output's, a mean over tokens. The worst come first.</p>\n"
+        f"{table(header, rows[:SHOWN])}<details><summary>All sites</summary>{table(header, rows)}</details>\n"
+    )
