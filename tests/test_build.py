@@ -60,6 +60,7 @@ def test_every_preset_becomes_an_engine_with_the_kernels_it_asks_for(
         "w8a8": "int8 gemm",
         "fp8": "fp8 gemm",
         "w4a16": "int4 weight-only",
+        "gptq-w4a16": "int4 weight-only",
         "w8a16": "int8 weight-only",
         "fp16": "fp16 gemm",
     }
