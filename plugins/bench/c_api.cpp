@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "kernels/fast_hadamard.h"
+#include "kernels/quantized_linear.h"
 
 #define BENCH_API extern "C" __attribute__((visibility("default")))
 
@@ -21,6 +22,25 @@ BENCH_API int fast_hadamard_run(const fast_hadamard::Problem* problem,
                                 size_t capacity) {
   fast_hadamard::Plan plan;
   Status status = make_plan(*problem, plan);
+  if (status) status = run(plan, *operands, stream);
+  if (!status) std::snprintf(message, capacity, "%s", status.message);
+  return status ? 0 : 1;
+}
+
+BENCH_API int quantized_linear_workspace(const quantized_linear::Problem* problem, size_t* workspace_bytes,
+                                         char* message, size_t capacity) {
+  quantized_linear::Plan plan;
+  const Status planned = make_plan(*problem, quantized_linear::multiprocessors(), plan);
+  if (!planned) std::snprintf(message, capacity, "%s", planned.message);
+  *workspace_bytes = planned ? plan.workspace_bytes : 0;
+  return planned ? 0 : 1;
+}
+
+BENCH_API int quantized_linear_run(const quantized_linear::Problem* problem,
+                                   const quantized_linear::Operands* operands, void* stream, char* message,
+                                   size_t capacity) {
+  quantized_linear::Plan plan;
+  Status status = make_plan(*problem, quantized_linear::multiprocessors(), plan);
   if (status) status = run(plan, *operands, stream);
   if (!status) std::snprintf(message, capacity, "%s", status.message);
   return status ? 0 : 1;

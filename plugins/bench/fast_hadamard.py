@@ -227,12 +227,12 @@ def check_all(kernels: Kernels) -> list[str]:
     return wrong
 
 
-def sanitize(library: Path) -> None:
-    """Run the checks once more under compute-sanitizer where it is installed."""
+def sanitize(script: str, library: Path) -> None:
+    """Run a script's checks once more under compute-sanitizer where it is installed."""
     if shutil.which("compute-sanitizer") is None:
         print("compute-sanitizer is not installed: skipped")
         return
-    command = [sys.executable, __file__, "--library", str(library), "--check-only"]
+    command = [sys.executable, script, "--library", str(library), "--check-only"]
     for tool in ("memcheck", "racecheck"):
         done = subprocess.run(
             ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *command], check=False
@@ -278,7 +278,7 @@ def main() -> int:
         print("\n".join(wrong), file=sys.stderr)
         return 1
     if arguments.sanitize:
-        sanitize(library)
+        sanitize(__file__, library)
     if arguments.check_only:
         return 0
     results: list[Result] = []

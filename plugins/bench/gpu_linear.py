@@ -1,0 +1,192 @@
+"""QuantizedLinear problems as PyTorch tensors, and the kernels of a built library that run them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from gpu_kernels import TYPES
+
+FORMATS = {"W8A8": 0, "W4A8": 1, "W4A4": 2}
+SLICE = 32
+OPERANDS = (
+    *("x", "x_scale", "x_zero", "weight", "factors", "weight_scale"),
+    *("weight_sum", "bias", "other", "y", "workspace"),
+)
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("format", "type", "ending")),
+        *((name, ctypes.c_int64) for name in ("rows", "inputs", "outputs", "group", "groups", "row_scales")),
+        ("two_level", ctypes.c_bool),
+        ("asymmetric", ctypes.c_bool),
+    )
+
+
+class _Operands(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_void_p) for name in OPERANDS)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """x [rows, inputs] times a weight [outputs, inputs].
+
+    `group` None is one scale per output; with `two_level` groups have integer factors, else scales of their
+    own, and with `row_groups` rows of x have a scale per group too.
+    """
+
+    form: str
+    rows: int
+    inputs: int
+    outputs: int
+    group: int | None = None
+    two_level: bool = False
+    row_groups: bool = False
+    dtype: torch.dtype = torch.float16
+
+    def __str__(self) -> str:
+        scales = (
+            "channel" if self.group is None else f"{'two-level' if self.two_level else 'group'} {self.group}"
+        )
+        return (
+            f"{self.form} {scales}{' rows' * self.row_groups}, {self.rows} x {self.inputs} x {self.outputs}"
+        )
+
+    @property
+    def length(self) -> int:
+        """Elements of a padded row of the weight."""
+        group = self.group or SLICE
+        return -(-self.inputs // group) * group
+
+    @property
+    def groups(self) -> int:
+        """Groups of a row, each with a scale or factor."""
+        return self.length // self.group if self.group else 1
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits of a weight's code."""
+        return int(self.form[1])
+
+    @property
+    def activation_bits(self) -> int:
+        """Bits of an activation's code."""
+        return int(self.form[3])
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the packed codes and what scales them."""
+        scales = self.groups * self.outputs * (1 if self.two_level else 4)
+        return self.outputs * self.length * self.weight_bits // 8 + scales
+
+    def problem(self) -> _Problem:
+        """Return the problem as the kernels take it."""
+        group = self.group or self.length
+        row_scales = self.groups if self.row_groups else 1
+        sizes = (self.rows, self.inputs, self.outputs, group, self.groups, row_scales)
+        return _Problem(FORMATS[self.form], TYPES[self.dtype], 0, *sizes, self.two_level, False)
+
+    def operands(self, device: torch.device) -> Operands:
+        """Return random operands."""
+        scale_rows = 1 if self.two_level else self.groups
+        row_scales = self.groups if self.row_groups else 1
+        weight = _codes(self.outputs, self.length, self.weight_bits, device)
+        weight[:, self.inputs :] = 0
+        return Operands(
+            self,
+            _codes(self.rows, self.inputs, self.activation_bits, device),
+            torch.rand(self.rows, row_scales, device=device) * 0.01 + 0.01,
+            weight,
+            torch.randint(1, 16, (self.groups, self.outputs), dtype=torch.int8, device=device),
+            torch.rand(scale_rows, self.outputs, device=device) * 0.001 + 0.001,
+            torch.randn(self.outputs, device=device),
+        )
+
+
+def _codes(rows: int, columns: int, bits: int, device: torch.device) -> torch.Tensor:
+    half = 1 << (bits - 1)
+    return torch.randint(-half, half, (rows, columns), dtype=torch.int8, device=device)
+
+
+def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """Return int4 codes [rows, 2 P] as bytes [rows, P], the even element in the low nibble."""
+    return (codes[:, 0::2] & 15) | (codes[:, 1::2] << 4)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Unpacked codes, scales and bias of a problem."""
+
+    linear: Linear
+    x: torch.Tensor
+    x_scale: torch.Tensor
+    weight: torch.Tensor
+    factors: torch.Tensor
+    weight_scale: torch.Tensor
+    bias: torch.Tensor
+
+    def packed(self) -> dict[str, torch.Tensor]:
+        """Return the operands as the kernels read them, by name."""
+        linear = self.linear
+        made = {
+            "x": pack_nibbles(self.x) if linear.activation_bits == 4 else self.x,
+            "x_scale": self.x_scale,
+            "weight": pack_nibbles(self.weight) if linear.weight_bits == 4 else self.weight,
+            "weight_scale": self.weight_scale,
+            "bias": self.bias,
+        }
+        return made | ({"factors": self.factors} if linear.two_level else {})
+
+    def terms(self) -> torch.Tensor:
+        """Return in float64 what y is the sum of: [terms, rows, outputs]; integer sums are exact in it."""
+        linear, group = self.linear, self.linear.group or self.linear.length
+        x = torch.nn.functional.pad(self.x.double(), (0, linear.length - linear.inputs))
+        x = x.reshape(linear.rows, linear.groups, group).transpose(0, 1)
+        weight = self.weight.double().reshape(linear.outputs, linear.groups, group)
+        sums = x @ weight.permute(1, 2, 0)
+        if linear.two_level:
+            sums = (sums * self.factors.double()[:, None, :]).sum(0, keepdim=True)
+        scaled = sums * self.weight_scale.double()[:, None, :] * self.x_scale.double().T[:, :, None]
+        return torch.cat([scaled, self.bias.double().expand_as(scaled[:1])])
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel bound to its operands: `run` fills `y`."""
+
+    y: torch.Tensor
+    run: Callable[[], None]
+
+
+class LinearKernels:
+    """The kernels of a built library."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+
+    def prepare(self, operands: Operands) -> Launch:
+        """Bind the kernel to operands and to a new result, which is poisoned."""
+        linear, problem = operands.linear, operands.linear.problem()
+        device = operands.x.device
+        tensors = operands.packed()
+        y = torch.full((linear.rows, linear.outputs), torch.nan, dtype=linear.dtype, device=device)
+        workspace_bytes = ctypes.c_size_t()
+        self._call("quantized_linear_workspace", ctypes.byref(problem), ctypes.byref(workspace_bytes))
+        tensors["workspace"] = torch.empty(max(workspace_bytes.value, 1), dtype=torch.uint8, device=device)
+        tensors["y"] = y
+        return Launch(y, partial(self._launch, problem, tensors))
+
+    def _launch(self, problem: _Problem, tensors: dict[str, torch.Tensor]) -> None:
+        operands = _Operands(**{name: tensor.data_ptr() for name, tensor in tensors.items()})
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        self._call("quantized_linear_run", ctypes.byref(problem), ctypes.byref(operands), stream)
+
+    def _call(self, function: str, *arguments: object) -> None:
+        message = ctypes.create_string_buffer(512)
+        if getattr(self._library, function)(*arguments, message, ctypes.c_size_t(512)):
+            raise RuntimeError(message.value.decode())
