@@ -72,8 +72,10 @@ void Machine::launch(const LaunchShape& shape, const std::function<void()>& kern
   fault_.reset();
   threads_.resize(std::max<size_t>(threads_.size(), shape.block));
   warps_.resize(std::max<size_t>(warps_.size(), (shape.block + kWarp - 1) / kWarp));
-  shared_storage_.reset(new char[shape.shared_bytes + 256]);
-  char* aligned = shared_storage_.get() + (256 - reinterpret_cast<uintptr_t>(shared_storage_.get()) % 256);
+  // The 128 bytes on either side count as shared memory too (region_of): global memory must not lie there.
+  shared_storage_.reset(new char[shape.shared_bytes + 512]);
+  char* guarded = shared_storage_.get() + 128;
+  char* aligned = guarded + (256 - reinterpret_cast<uintptr_t>(guarded) % 256);
   shared_ = std::make_unique<Region>("shared memory", aligned, shape.shared_bytes);
   thread_body_ = [this, &kernel] {
     kernel();
