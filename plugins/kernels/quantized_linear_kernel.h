@@ -80,27 +80,10 @@ class Pipeline {
       copy_tile<Traits::kColumns, Traits::kWeightSliceBytes, false>(
           base + Traits::kWeightOffset, operands_.weight, geometry_.weight_bytes, place_.first_column,
           geometry_.outputs, stage);
+      if constexpr (Traits::kScales == Scales::kTwoLevel) copy_factors(base + Traits::kScaleOffset, stage);
+      if constexpr (Traits::kGrouped) copy_scales(base + Traits::kScaleOffset, stage);
     }
     device::copy_async_commit();
-  }
-
-  // Scales are loaded to registers a stage before they are stored: their rows may start anywhere.
-  ROTEXPORT_DEVICE void load_scales(int stage) {
-    if constexpr (Traits::kScaleLoads > 0) {
-      ROTEXPORT_UNROLL
-      for (int i = 0; i < Traits::kScaleLoads; ++i) {
-        const int index = i * Traits::kThreads + thread();
-        int slice = first_slice(stage) + index / Traits::kScaleWords;
-        if (slice >= geometry_.slices) slice = geometry_.slices - 1;
-        scales_[i] = scale_word(group_of(geometry_, slice), index % Traits::kScaleWords);
-      }
-    }
-  }
-
-  ROTEXPORT_DEVICE void store_scales(int stage) const {
-    const device::Shared<uint32_t> shared(slot(stage) + Traits::kScaleOffset);
-    ROTEXPORT_UNROLL
-    for (int i = 0; i < Traits::kScaleLoads; ++i) shared.store(i * Traits::kThreads + thread(), scales_[i]);
   }
 
   ROTEXPORT_DEVICE int first_slice(int stage) const { return place_.first_slice + stage * Traits::kSlices; }
@@ -140,26 +123,53 @@ class Pipeline {
     }
   }
 
-  ROTEXPORT_DEVICE uint32_t scale_word(int group, int word) const {
-    if (Traits::kScales == Scales::kRowGroup && word >= Traits::kColumns) {
-      int row = place_.first_row + word - Traits::kColumns;
-      if (row >= geometry_.rows) row = geometry_.rows - 1;
-      return operands_.x_scale.template load<uint32_t>(row * geometry_.row_scales + group);
-    }
-    int column = place_.first_column + word;
-    if (column >= geometry_.outputs) column = geometry_.outputs - 1;
-    const int at = group * geometry_.outputs + column;
-    if constexpr (Traits::kScales == Scales::kTwoLevel) {
-      return static_cast<uint32_t>(static_cast<int32_t>(operands_.factors.template load<int8_t>(at)));
-    } else {
-      return operands_.weight_scale.template load<uint32_t>(at);
+  ROTEXPORT_DEVICE int group_of_slice(int slice) const {
+    return group_of(geometry_, slice < geometry_.slices ? slice : geometry_.slices - 1);
+  }
+
+  // The scales of the tile's columns, and of its rows where they have one for each group, slice by slice.
+  ROTEXPORT_DEVICE void copy_scales(unsigned to, int stage) const {
+    constexpr int kWords = Traits::kScaleBytes / 4;
+    const device::Shared<float> shared(to);
+    ROTEXPORT_UNROLL
+    for (int i = 0; i < Traits::kSlices * kWords / Traits::kThreads; ++i) {
+      const int index = i * Traits::kThreads + thread();
+      const int group = group_of_slice(first_slice(stage) + index / kWords);
+      const int word = index % kWords;
+      if (word < Traits::kColumns) {
+        const int column = at_most(place_.first_column + word, geometry_.outputs - 1);
+        device::copy_async<4>(shared, index, operands_.group_scale + group * geometry_.outputs + column);
+      } else {
+        const int row = at_most(place_.first_row + word - Traits::kColumns, geometry_.rows - 1);
+        device::copy_async<4>(shared, index, operands_.row_scale + row * geometry_.row_scales + group);
+      }
     }
   }
+
+  // Four factors at a time, unless rows of them begin anywhere.
+  ROTEXPORT_DEVICE void copy_factors(unsigned to, int stage) const {
+    constexpr int kQuads = Traits::kColumns / 4;
+    const device::Shared<int8_t> shared(to);
+    for (int index = thread(); index < Traits::kSlices * kQuads; index += Traits::kThreads) {
+      const int row = group_of_slice(first_slice(stage) + index / kQuads) * geometry_.outputs;
+      const int column = place_.first_column + 4 * (index % kQuads);
+      if (geometry_.outputs % 4 == 0) {
+        const int8_t* from = operands_.factors + row + at_most(column, geometry_.outputs - 4);
+        device::copy_async<4>(shared, 4 * index, from);
+        continue;
+      }
+      for (int i = 0; i < 4; ++i) {
+        const int at = row + at_most(column + i, geometry_.outputs - 1);
+        shared.store(4 * index + i, operands_.single_factors.template load<int8_t>(at));
+      }
+    }
+  }
+
+  static ROTEXPORT_DEVICE int at_most(int value, int limit) { return value < limit ? value : limit; }
 
   const Geometry& geometry_;
   const KernelOperands& operands_;
   const Place& place_;
-  uint32_t scales_[Traits::kScaleLoads > 0 ? Traits::kScaleLoads : 1];
 };
 
 // Four 4-bit integers of a word as 8-bit ones, 16 times as large: the low (0) or the high (1) nibble of each
@@ -316,7 +326,8 @@ class Sums {
     } else {
       const auto word = shared.template load<uint32_t>(column * Traits::kWeightSliceBytes + 4 * q_);
       if constexpr (Traits::kScales == Scales::kTwoLevel) {
-        const uint32_t factor = scales(stage, inside).template load<uint32_t>(column);
+        const device::Shared<int8_t> factors(stage + Traits::kScaleOffset + inside * Traits::kScaleBytes);
+        const auto factor = static_cast<uint32_t>(int32_t{factors.template load<int8_t>(column)});
         for (int i = 0; i < 2; ++i) right[i] = widened(word, i, factor);
       } else {
         for (int i = 0; i < 2; ++i) right[i] = sixteenfold(word, i);
@@ -326,7 +337,7 @@ class Sums {
 
   ROTEXPORT_DEVICE void scale_group(unsigned stage, int inside) {
     using Scale = Vector<float, 2>;
-    const device::Shared<float> shared(stage + Traits::kScaleOffset + inside * Traits::kScaleWords * 4);
+    const device::Shared<float> shared(stage + Traits::kScaleOffset + inside * Traits::kScaleBytes);
     ROTEXPORT_UNROLL
     for (int r = 0; r < Traits::kRowTiles; ++r) {
       float row_scale[2] = {1.0f, 1.0f};
@@ -347,10 +358,6 @@ class Sums {
         }
       }
     }
-  }
-
-  static ROTEXPORT_DEVICE device::Shared<uint32_t> scales(unsigned stage, int inside) {
-    return device::Shared<uint32_t>(stage + Traits::kScaleOffset + inside * Traits::kScaleWords * 4);
   }
 
   int g_;
@@ -417,21 +424,14 @@ ROTEXPORT_KERNEL void __launch_bounds__(Traits::kThreads, Traits::kGrouped && !T
     quantized_linear(Geometry geometry, KernelOperands operands) {
   constexpr int kAhead = Traits::kStages - 1;
   const Place place = place_of(geometry, Traits::kRows, Traits::kColumns);
-  Pipeline<Traits> pipeline(geometry, operands, place);
+  const Pipeline<Traits> pipeline(geometry, operands, place);
   pipeline.clear_absent_rows();
-  for (int stage = 0; stage < kAhead; ++stage) {
-    pipeline.start(stage);
-    pipeline.load_scales(stage);
-    pipeline.store_scales(stage);
-  }
-  pipeline.load_scales(kAhead);
+  for (int stage = 0; stage < kAhead; ++stage) pipeline.start(stage);
   Sums<Traits> sums;
   for (int stage = 0; pipeline.first_slice(stage) < place.slice_end; ++stage) {
     device::copy_async_wait<kAhead - 1>();
     device::barrier();
-    pipeline.store_scales(stage + kAhead);
     pipeline.start(stage + kAhead);
-    pipeline.load_scales(stage + kAhead + 1);
     sums.add(geometry, pipeline.slot(stage), pipeline.first_slice(stage), place.slice_end);
   }
   device::copy_async_wait<0>();

@@ -96,7 +96,7 @@ Tile tile_of() {
 }
 
 Tile tile_of(const Plan& plan) {
-  if (plan.decodes) return tile_of<DecodeShape>();
+  if (plan.decodes) return tile_of<DecodeShape<Format::kW4A8>>();
   return is_grouped(plan.scales) ? tile_of<GroupPrefillShape>() : tile_of<PrefillShape>();
 }
 

@@ -32,7 +32,10 @@ KernelOperands views_of(const Operands& operands) {
   views.weight = operands.weight;
   views.x_scale = device::Global<const float>(operands.x_scale);
   views.x_zero = device::Global<const float>(operands.x_zero);
-  views.factors = device::Global<const int8_t>(operands.factors);
+  views.row_scale = operands.x_scale;
+  views.group_scale = operands.weight_scale;
+  views.factors = operands.factors;
+  views.single_factors = device::Global<const int8_t>(operands.factors);
   views.weight_scale = device::Global<const float>(operands.weight_scale);
   views.weight_sum = device::Global<const float>(operands.weight_sum);
   views.bias = device::Global<const float>(operands.bias);

@@ -26,8 +26,9 @@ struct Shape {
   static_assert(kStages >= 2, "one stage is copied while another is used");
 };
 
-// Few rows: as many bytes of weights in flight as shared memory holds.
-using DecodeShape = Shape<1, 4, 1, 2, 2, 8, 4>;
+// Few rows: as many bytes of weights in flight as the shared memory of the smallest architecture holds.
+template <Format kFormat>
+using DecodeShape = Shape<1, 4, 1, 2, 2, 8, kFormat == Format::kW8A8 ? 4 : 6>;
 // Many rows. Floating-point groups keep a second set of sums, so a warp has half as many columns.
 using PrefillShape = Shape<4, 8, 2, 2, 1, 2, 3>;
 using GroupPrefillShape = Shape<4, 4, 2, 4, 1, 2, 3>;

@@ -8,13 +8,13 @@
 
 namespace quantized_linear {
 
-template <Scales kScales, bool kDecodes>
-using ShapeFor = std::conditional_t<kDecodes, DecodeShape,
+template <Format kFormat, Scales kScales, bool kDecodes>
+using ShapeFor = std::conditional_t<kDecodes, DecodeShape<kFormat>,
                                     std::conditional_t<is_grouped(kScales), GroupPrefillShape, PrefillShape>>;
 
 template <Format kFormat_, Scales kScales_, bool kDecodes_>
-struct Traits : ShapeFor<kScales_, kDecodes_> {
-  using Base = ShapeFor<kScales_, kDecodes_>;
+struct Traits : ShapeFor<kFormat_, kScales_, kDecodes_> {
+  using Base = ShapeFor<kFormat_, kScales_, kDecodes_>;
   static constexpr Format kFormat = kFormat_;
   static constexpr Scales kScales = kScales_;
   static constexpr bool kDecodes = kDecodes_;
@@ -32,18 +32,19 @@ struct Traits : ShapeFor<kScales_, kDecodes_> {
   static constexpr int kWeightStep = Base::kColumns * kWeightSliceBytes + kGap;
   static constexpr int kWeightOffset = Base::kSlices * kXStep;
   static constexpr int kScaleOffset = kWeightOffset + Base::kSlices * kWeightStep;
-  // Words of four bytes, by slice: scales or factors of the tile's columns, then scales of its rows.
-  static constexpr int kScaleWords = kScales == Scales::kChannel    ? 0
-                                     : kScales == Scales::kRowGroup ? Base::kColumns + Base::kRows
-                                                                    : Base::kColumns;
-  static constexpr int kStageBytes = kScaleOffset + Base::kSlices * kScaleWords * 4;
+  // For each slice: factors of the tile's columns, a byte each, or scales of its columns and then of its
+  // rows.
+  static constexpr int kScaleBytes = kScales == Scales::kTwoLevel   ? Base::kColumns
+                                     : kScales == Scales::kGroup    ? 4 * Base::kColumns
+                                     : kScales == Scales::kRowGroup ? 4 * (Base::kColumns + Base::kRows)
+                                                                    : 0;
+  static constexpr int kStageBytes = kScaleOffset + Base::kSlices * kScaleBytes;
   static constexpr int kPipelineBytes = Base::kStages * kStageBytes;
   static constexpr int kExchangeBytes = (Base::kWarpDepth - 1) * Base::kRows * Base::kColumns * 4;
   static constexpr int kSharedBytes = kPipelineBytes > kExchangeBytes ? kPipelineBytes : kExchangeBytes;
-  // Loads of a thread that fetch the scale words of a stage.
-  static constexpr int kScaleLoads = Base::kSlices * kScaleWords / Base::kThreads;
 
-  static_assert(Base::kSlices * kScaleWords % Base::kThreads == 0, "every thread fetches as many scales");
+  static_assert(!kGrouped || Base::kSlices * kScaleBytes / 4 % Base::kThreads == 0,
+                "every thread copies as many scales");
   static_assert(kSharedBytes <= 99 * 1024, "the shared memory of the smallest architecture");
   static_assert(kScales != Scales::kTwoLevel || kWeightBits == 4, "factors widen 4-bit integers");
 };
@@ -53,7 +54,10 @@ struct KernelOperands {
   const int8_t* weight;
   device::Global<const float> x_scale;
   device::Global<const float> x_zero;
-  device::Global<const int8_t> factors;
+  const float* row_scale;  // x_scale and weight_scale again, for asynchronous copies
+  const float* group_scale;
+  const int8_t* factors;
+  device::Global<const int8_t> single_factors;
   device::Global<const float> weight_scale;
   device::Global<const float> weight_sum;
   device::Global<const float> bias;
