@@ -14,6 +14,7 @@ import onnx
 from onnx import TensorProto
 
 from rotexport.errors import TargetError
+from rotexport.graph.functions import DOMAIN
 
 _HALF: Final = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _INTEGER: Final = (TensorProto.INT8, TensorProto.INT4)
@@ -96,8 +97,8 @@ def _attention(graph: Graph, node: onnx.NodeProto) -> Iterator[str]:
 
 
 def _tables(graph: Graph, node: onnx.NodeProto) -> Iterator[str]:
-    """Quantized constants reach DequantizeLinear only."""
-    if node.op_type == "DequantizeLinear":
+    """Quantized constants reach DequantizeLinear only, or operators of ours, which a plugin runs."""
+    if node.op_type == "DequantizeLinear" or node.domain == DOMAIN:
         return
     for name in node.input:
         if name in graph.initializers and graph.initializers[name].data_type in _QUANTIZED:
