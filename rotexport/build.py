@@ -21,8 +21,9 @@ from rotexport.graph.io import Scratch, WeightFile, save_model
 from rotexport.graph.sites import linears
 from rotexport.graph.twin import runnable
 from rotexport.graph.weights import Array
-from rotexport.observe import observe_inputs, observe_keys, outliers
+from rotexport.observe import observe_inputs, observe_keys, observe_power, outliers
 from rotexport.output import MODEL, OutputDirectory
+from rotexport.passes.smooth_inputs import SmoothDownInputs
 from rotexport.pipeline import (
     Calibrated,
     Pipeline,
@@ -46,6 +47,8 @@ from rotexport.targets.capabilities import check
 from rotexport.targets.profiles import Profiles
 from rotexport.texts import Samples
 from rotexport.validate import PassValidator, Proof, observe_reference, prove
+
+SMOOTHING_WINDOWS = 4  # their tokens are many more than what one number per channel needs
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,9 @@ def _compile(prepared: Prepared, options: BuildOptions, folder: Path, stages: St
         with stages("rotate") as stage:
             if options.validate:
                 found.outliers_before = outliers(observe_inputs(graph, scratch, [samples.tokens]))
+            if recipe.smoothing == "down":
+                power = observe_power(graph, scratch, list(samples.calibration[:SMOOTHING_WINDOWS]))
+                pipeline.run([SmoothDownInputs(power)], stage.detail)
             pipeline.run(rotation_passes(recipe.rotations), stage.detail)
             if options.validate and recipe.rotations.enabled:
                 found.outliers_after = outliers(observe_inputs(graph, scratch, [samples.tokens]))

@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 from rotexport.graph.io import Scratch, save_model
 from rotexport.graph.sites import Linear, linears
 from rotexport.graph.weights import Array
-from rotexport.quant.calibrate import InputStatistics, Probe, Run, calibrate
+from rotexport.quant.calibrate import InputStatistics, Probe, Run, calibrate, channel_power
 from rotexport.runtime.model import OnnxModel
 from rotexport.streaming.centering import mean_keys
 
@@ -37,6 +37,12 @@ class Outliers:
 def observe_inputs(graph: gs.Graph, scratch: Scratch, windows: Sequence[Array]) -> dict[str, InputStatistics]:
     """Run `graph` over token windows [S] and return the statistics of every linear's input, by site."""
     return calibrate(_runner(graph, scratch), _probes(linears(graph)), windows, BUDGET_BYTES)
+
+
+def observe_power(graph: gs.Graph, scratch: Scratch, windows: Sequence[Array]) -> dict[str, Array]:
+    """Run `graph` over token windows [S]; return the `channel_power` of what down projections read."""
+    downs = [linear for linear in linears(graph) if linear.role == "down"]
+    return channel_power(_runner(graph, scratch), _probes(downs), windows, BUDGET_BYTES)
 
 
 def observe_keys(graph: gs.Graph, scratch: Scratch, windows: Sequence[Array], sinks: int) -> dict[int, Array]:

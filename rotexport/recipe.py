@@ -27,6 +27,7 @@ KINDS: Final = ("none", "hadamard", "random-hadamard", "orthogonal")
 DTYPES: Final = ("fp32", "fp16", "bf16")
 ONLINE_ROTATIONS: Final = ("r3", "r4", "o_heads")
 
+SMOOTHINGS: Final = ("none", "down")  # what is balanced before it is rotated
 CALIBRATION_WINDOWS: Final = 16
 
 T = TypeVar("T")
@@ -119,6 +120,7 @@ class Recipe:
     name: str = "custom"
     description: str = ""
     dtype: str = "fp16"
+    smoothing: str = "none"
     rotations: Rotations = Rotations()
     weights: WeightScheme = field(default_factory=WeightScheme)
     activations: ActivationScheme = field(default_factory=ActivationScheme)
@@ -135,6 +137,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise RecipeError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.smoothing not in SMOOTHINGS:
+            raise RecipeError(f"smoothing: {self.smoothing!r} is not one of {', '.join(SMOOTHINGS)}")
         if not isinstance(self.calibration_windows, int) or self.calibration_windows < 1:
             raise RecipeError(
                 f"calibration_windows: {self.calibration_windows!r} is not a positive number of windows"

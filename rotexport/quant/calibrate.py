@@ -120,6 +120,28 @@ def calibrate(
     return statistics
 
 
+def channel_power(
+    run: Run, probes: Sequence[Probe], windows: Sequence[Array], budget_bytes: int
+) -> dict[str, Array]:
+    """Return the root mean square of each channel [channels] of every site's input, by site name.
+
+    Every token counts alike, brought to length one: quantizers scale by the token, and a few tokens with
+    massive activations would hide the others. Runs and `budget_bytes` as in `calibrate`.
+    """
+    power: dict[str, Array] = {}
+    longest = max(window.size for window in windows)
+    for batch in _batches(probes, budget_bytes // (4 * longest)):
+        sums = {probe.tensor: np.zeros(probe.channels) for probe in batch}
+        for values in run(windows, list(sums)):
+            for probe in batch:
+                squares = np.square(values[probe.tensor].reshape(-1, probe.channels).astype(np.float64))
+                lengths = squares.sum(axis=1, keepdims=True)
+                sums[probe.tensor] += (squares / np.where(lengths > 0, lengths, 1)).mean(axis=0)
+        for probe in batch:
+            power |= dict.fromkeys(probe.sites, np.sqrt(sums[probe.tensor] / len(windows)))
+    return power
+
+
 def _batches(probes: Sequence[Probe], channels: int) -> Iterator[list[Probe]]:
     """Split probes into runs of at most `channels` channels together (one probe at least)."""
     batch: list[Probe] = []
