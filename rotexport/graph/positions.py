@@ -8,7 +8,7 @@ import onnx_graphsurgeon as gs
 
 from rotexport.graph.edit import producer
 
-MIXERS = ("Attention", "SinkWindowAttention")
+MIXERS = ("Attention", "SinkWindowAttention", "HeavyHitterAttention", "SnapAttention")
 TOKENS = "sequence"  # the symbolic dimension of a call's tokens
 
 

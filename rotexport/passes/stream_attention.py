@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from rotexport.errors import GraphError
+from rotexport.errors import GraphError, RecipeError
 from rotexport.graph.basis import attention_nodes
 from rotexport.graph.edit import consumers, producer, replace_reads
 from rotexport.graph.masks import mask_window
@@ -31,6 +31,7 @@ from rotexport.passes.stream_interface import StreamInterface, choose_logits
 from rotexport.quant.emit import Emitter
 from rotexport.streaming.cache import FLOAT_CACHE, CacheFormat, LayerCache
 from rotexport.streaming.centering import key_path
+from rotexport.streaming.eviction import RING
 from rotexport.streaming.scheme import AttentionScheme
 
 
@@ -46,10 +47,20 @@ class StreamAttention(Pass):
         cache_format: CacheFormat = FLOAT_CACHE,
         key_means: Mapping[int, Array] | None = None,
     ) -> None:
-        """Take what to do, and the calibrated mean key [Hk, D] of every layer if keys are centered."""
+        """Take what to do, and if keys are centered every layer's mean [Hk, D] before rotary embedding.
+
+        Raises:
+            RecipeError: the cache format and the eviction policy do not go together.
+
+        """
         self.scheme = scheme
         self.cache_format = cache_format
         self.key_means = key_means or {}
+        if scheme.eviction.enabled and cache_format.bits is not None:
+            raise RecipeError(
+                f"attention.eviction: {scheme.eviction.policy} keeps tokens in floating point, not in "
+                f"int{cache_format.bits}; set kv_cache.key and kv_cache.value to none, or eviction to none"
+            )
         if cache_format.bits is not None:
             self.preserves = Preserves.QUANTIZATION
 
@@ -90,12 +101,12 @@ class StreamAttention(Pass):
         return report
 
     def _cache(self, layer: _Layer, own_window: int | None) -> LayerCache:
-        sinks, window = (self.scheme.sinks, self.scheme.window) if own_window is None else (0, own_window)
+        ours = (self.scheme.sinks, self.scheme.window)
+        sinks, window = ours if own_window is None else (0, own_window)
         _, kv_heads, _, head_size = layer.key.shape
-        value_size = layer.value.shape[3]
-        return LayerCache(
-            kv_heads, head_size, value_size, sinks, window, self.cache_format, np.dtype(layer.key.dtype)
-        )
+        sizes = (kv_heads, head_size, layer.value.shape[3])
+        eviction = self.scheme.eviction if own_window is None else RING
+        return LayerCache(*sizes, sinks, window, self.cache_format, np.dtype(layer.key.dtype), eviction)
 
     def _center(
         self, graph: gs.Graph, stream: StreamInterface, layer: _Layer, cache: LayerCache
@@ -127,8 +138,8 @@ class StreamAttention(Pass):
     def _decay(self, heads: int, slides: bool, known: dict[tuple[int, bool], gs.Constant]) -> gs.Constant:
         """Return slopes [Hq], one constant for layers alike; layers that slide in the model do not decay."""
         if (heads, slides) not in known:
-            slope = 0.0 if slides else self.scheme.decay
-            slopes = InMemory(np.full(heads, slope, np.float32))
+            slope = [0.0] * heads if slides else self.scheme.slopes(heads)
+            slopes = InMemory(np.array(slope, np.float32))
             known[heads, slides] = constant(f"attention.decay.{len(known)}", slopes)
         return known[heads, slides]
 
@@ -148,6 +159,7 @@ class StreamAttention(Pass):
             "sinks": cache.sinks,
             "window": cache.window,
             **({"recent": cache.recent} if cache.recent else {}),
+            **(cache.eviction.attributes if cache.eviction.enabled else {}),
             "query_heads": layer.query.shape[1],
             "kv_heads": cache.kv_heads,
             "head_size": cache.head_size,
@@ -160,7 +172,7 @@ class StreamAttention(Pass):
         output = layer.node.outputs[0]
         mixed = gs.Variable(f"{output.name}.streamed", output.dtype, output.shape)
         node = gs.Node(
-            cache.format.operator,
+            cache.operator,
             f"attention.{layer.number}",
             attributes,
             [*fresh, *ports.values()],

@@ -7,8 +7,12 @@ slot (j - sinks) mod window. A ring in b bits holds, for each token and head,
     scale  [groups, 2]          scale and minimum of each group of channels: x = level scale + minimum
 
 where level = round((x - minimum) / scale) in 0 ... 2^b - 1. A second, short ring may hold the `recent` newest
-tokens in floating point. This is the layout
-of the operators' inputs.
+tokens in floating point. With an eviction policy slots hold any tokens, in floating point, and beside them
+
+    position  int32    1 + position of the token, 0 for an empty slot
+    score     float32  what it drew of attention
+
+This is the layout of the operators' inputs.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import onnx_graphsurgeon as gs
 
 from rotexport.errors import RecipeError
 from rotexport.quant.scheme import Group, group_size
+from rotexport.streaming.eviction import OPERATORS, RING, Eviction
 
 BITS: Final = {"none": None, "int8": 8, "int4": 4, "int2": 2}
 INT8: Final = np.dtype(np.int8)
@@ -65,6 +70,8 @@ class CacheFormat:
 
 
 FLOAT_CACHE: Final = CacheFormat()
+INT32: Final = np.dtype(np.int32)
+FLOAT32: Final = np.dtype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,12 @@ class LayerCache:
     window: int
     format: CacheFormat
     dtype: np.dtype[Any]
+    eviction: Eviction = RING
+
+    @property
+    def operator(self) -> str:
+        """The custom operator that reads and writes this cache."""
+        return OPERATORS[self.eviction.policy] if self.eviction.enabled else self.format.operator
 
     def tensors(self) -> dict[str, CacheTensor]:
         """Return the tensors by name, in the order of the operator's inputs.
@@ -100,13 +113,16 @@ class LayerCache:
 
         """
         sizes = {"key": self.head_size, "value": self.value_size}
-        slots = max(self.sinks, 1)  # an operator's input cannot be empty
-        found = {f"sink_{k}": CacheTensor(self.dtype, (self.kv_heads, slots, sizes[k])) for k in KINDS}
+        sinks = max(self.sinks, 1)  # an operator's input cannot be empty
+        found = {f"sink_{k}": CacheTensor(self.dtype, (self.kv_heads, sinks, sizes[k])) for k in KINDS}
         bits = self.format.bits
         if bits is None:
-            return found | {
-                f"window_{k}": CacheTensor(self.dtype, (self.kv_heads, self.window, sizes[k])) for k in KINDS
-            }
+            slots = (self.kv_heads, self.window)
+            found |= {f"window_{k}": CacheTensor(self.dtype, (*slots, sizes[k])) for k in KINDS}
+            if self.eviction.enabled:
+                found["window_position"] = CacheTensor(INT32, slots)
+                found["window_score"] = CacheTensor(FLOAT32, slots)
+            return found
         for kind, size in sizes.items():
             if size * bits % 8:
                 raise RecipeError(

@@ -8,10 +8,11 @@ from typing import Any, Final
 from rotexport.errors import RecipeError
 from rotexport.quant.scheme import CacheScheme
 from rotexport.streaming.cache import CacheFormat
+from rotexport.streaming.eviction import RING, Eviction
 
 KINDS: Final = ("dense", "streaming")
-EVICTIONS: Final = ("none",)
 MOST_SINKS: Final = 64
+ALIBI: Final = "alibi"
 
 
 @dataclass(frozen=True)
@@ -20,14 +21,16 @@ class AttentionScheme:
 
     `dense` keeps the growing cache. `streaming` gives layers that see everything `sinks` first tokens and
     a `window` of newest ones (the query's own included), and lowers a window logit by `decay` per token of
-    distance; layers that are windowed in the model keep their own window, without sinks.
+    distance; layers that are windowed in the model keep their own window, without sinks. `decay` is one
+    number, one for each query head, or `alibi` (slopes that halve from head to head, arXiv 2108.12409).
+    With an `eviction` policy the window's slots hold what drew attention instead of the newest tokens.
     """
 
     kind: str = "dense"
     sinks: int = 4
     window: int = 1020
-    decay: float = 0.0
-    eviction: str = "none"
+    decay: float | str | tuple[float, ...] = 0.0
+    eviction: Eviction = RING
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -41,10 +44,34 @@ class AttentionScheme:
                 f"attention.sinks: {self.sinks!r} is not between 0 and {min(MOST_SINKS, self.window)} "
                 f"(at most {MOST_SINKS}, and no more than the window of {self.window})"
             )
-        if not _is_number(self.decay) or not 0 <= self.decay < float("inf"):
-            raise RecipeError(f"attention.decay: {self.decay!r} is not a finite number of at least 0")
-        if self.eviction not in EVICTIONS:
-            raise RecipeError(f"attention.eviction: {self.eviction!r} is not one of {', '.join(EVICTIONS)}")
+        object.__setattr__(self, "eviction", Eviction.read(self.eviction))
+        self.eviction.check(self.window)
+        if isinstance(self.decay, list):
+            object.__setattr__(self, "decay", tuple(self.decay))
+        given = self.decay if isinstance(self.decay, tuple) else (self.decay,)
+        wrong = [slope for slope in given if not _is_slope(slope)]
+        if wrong and self.decay != ALIBI:
+            raise RecipeError(
+                f"attention.decay: {wrong[0]!r} is not a finite number of at least 0, nor '{ALIBI}'"
+            )
+
+    def slopes(self, heads: int) -> list[float]:
+        """Return the decay of each query head.
+
+        Raises:
+            RecipeError: the recipe gives another number of decays.
+
+        """
+        if isinstance(self.decay, str):
+            return alibi_slopes(heads)
+        if isinstance(self.decay, tuple):
+            if len(self.decay) != heads:
+                raise RecipeError(
+                    f"attention.decay: {len(self.decay)} numbers do not fit {heads} query heads; "
+                    "give one for each, or one for all"
+                )
+            return list(self.decay)
+        return [float(self.decay)] * heads
 
     @property
     def streaming(self) -> bool:
@@ -78,9 +105,20 @@ def stream_format(cache: CacheScheme, window: int) -> CacheFormat:
     return CacheFormat.named(cache.key, cache.group, cache.recent, cache.center)
 
 
+def alibi_slopes(heads: int) -> list[float]:
+    """Return ALiBi's slope of each head: 2^(-8 h / n), h = 1 ... n, where n is a power of two.
+
+    Other numbers of heads take those of the power below, then every second one of the power above.
+    """
+    power = 1 << (heads.bit_length() - 1)
+    slopes = [2.0 ** (-8 * h / power) for h in range(1, power + 1)]
+    between = [2.0 ** (-4 * h / power) for h in range(1, 2 * power + 1, 2)]
+    return slopes + between[: heads - power]
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_slope(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
