@@ -5,14 +5,15 @@ what later blocks make of it. Here all quantizers learn together from the Kullba
 the float network's next-token distribution and the quantized one's, on the same text: no labels, so nothing
 pulls the model towards the calibration text beyond what it knew already.
 
-Blocks are recomputed in the backward pass (gradient checkpointing): memory holds the stream at every block,
-one block's activations, and for every learned number itself, its gradient and two moments.
+Memory holds every learned number, its gradient and two moments, besides the float weights; activations of
+all blocks, or, where those would be many, the stream at every block, each being recomputed (gradient
+checkpointing) when its gradient is due.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,62 +25,62 @@ from rotexport.blocks.split import Split
 from rotexport.blocks.torch_block import NO_EDITS, Edits, TorchBlock
 from rotexport.graph.weights import Array
 from rotexport.learning.precision import fast_products
-from rotexport.learning.reconstruct import BETAS, Advance, batches, rate_schedule
-from rotexport.learning.student import Rates, Student
+from rotexport.learning.student import Student
+from rotexport.learning.training import BETAS, Training
 
-
-@dataclass(frozen=True)
-class Distillation:
-    """How long the network learns, from how many windows at a time, and how fast. `steps` 0 skips it."""
-
-    steps: int = 0
-    batch: int = 1
-    rates: Rates = field(default_factory=Rates)
-    seed: int = 0
+RESIDENT_BYTES = 3 << 30  # of activations, above which blocks are recomputed
+BYTES_PER_CHANNEL = 32  # of activations kept for a linear: input, steps, codes and output, a few times over
 
 
 @dataclass(frozen=True, eq=False)
-class Network:
-    """A float decoder as blocks in memory, from token ids to logits."""
+class Teacher:
+    """A float decoder as blocks in memory, from token ids to logits; `edits`, one a block, quantize it."""
 
     split: Split
     blocks: Sequence[TorchBlock]
     context: Mapping[str, Tensor]
 
     def logits(self, windows: Sequence[Array], edits: Sequence[Edits] | None = None) -> Tensor:
-        """Return logits [windows, S, vocabulary] of token ids [S]; with `edits`, one for each block."""
+        """Return logits [windows, S, vocabulary] of token ids [S]."""
         x = torch.cat([self.split.embed(window) for window in windows])
+        recompute = torch.is_grad_enabled() and self._kept_bytes(x) > RESIDENT_BYTES
         for block, edit in zip(self.blocks, edits or [NO_EDITS] * len(self.blocks), strict=True):
-            if torch.is_grad_enabled():
+            if recompute:
                 x = checkpoint(block, x, self.context, edit, use_reentrant=False)
             else:
                 x = block(x, self.context, edit)
         return self.split.logits(x)
 
+    def _kept_bytes(self, x: Tensor) -> int:
+        channels = sum(sum(weight.shape) for block in self.blocks for weight in block.weights.values())
+        return x.shape[0] * x.shape[1] * channels * BYTES_PER_CHANNEL
+
 
 def distill(
-    network: Network,
+    teacher: Teacher,
     students: Sequence[Student],
     windows: Sequence[Array],
-    settings: Distillation,
-    advance: Advance = lambda done, of: None,
-) -> list[float]:
-    """Train the quantizers of all blocks in place; return the divergence, in nats a token, at every step."""
-    optimizer = torch.optim.Adam(_groups(students, settings.rates), betas=BETAS, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_schedule(settings.steps))
-    losses = []
-    for step, batch in enumerate(batches(len(windows), settings)):
-        chosen = [windows[index] for index in batch]
-        loss = _divergence(network, [student.edits for student in students], chosen)
-        optimizer.zero_grad()
-        loss.backward()
+    training: Training,
+    start: int = 0,
+) -> Iterator[tuple[int, float]]:
+    """Train the quantizers of all blocks in place, from step `start` on.
+
+    Yields (steps done, divergence in nats a token) after every step.
+    """
+    optimizer = torch.optim.Adam(_groups(students, training), betas=BETAS, fused=True)
+    for step, batch in enumerate(training.batches(len(windows))):
+        if step < start:
+            continue
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * training.rate(step)
+        with torch.enable_grad():
+            loss = _loss(teacher, students, [windows[index] for index in batch])
+            optimizer.zero_grad()
+            loss.backward()
         optimizer.step()
         for student in students:
             student.project()
-        schedule.step()
-        losses.append(loss.item())
-        advance(step + 1, settings.steps)
-    return losses
+        yield step + 1, loss.item()
 
 
 def divergence(target: Tensor, logits: Tensor) -> Tensor:
@@ -89,17 +90,17 @@ def divergence(target: Tensor, logits: Tensor) -> Tensor:
     return functional.kl_div(ours, expected, reduction="batchmean", log_target=True)
 
 
-def _divergence(network: Network, edits: Sequence[Edits], windows: Sequence[Array]) -> Tensor:
+def _loss(teacher: Teacher, students: Sequence[Student], windows: Sequence[Array]) -> Tensor:
     with fast_products():
         with torch.no_grad():
-            target = network.logits(windows)
-        return divergence(target, network.logits(windows, edits))
+            target = teacher.logits(windows)
+        return divergence(target, teacher.logits(windows, [student.edits for student in students]))
 
 
-def _groups(students: Sequence[Student], rates: Rates) -> list[dict[str, Any]]:
+def _groups(students: Sequence[Student], training: Training) -> list[dict[str, Any]]:
     """Merge the groups of all blocks, so that each kind of parameter is one."""
     merged: dict[float, list[torch.nn.Parameter]] = {}
     for student in students:
-        for group in student.groups(rates):
+        for group in student.groups(training):
             merged.setdefault(group["lr"], []).extend(group["params"])
-    return [{"params": params, "lr": rate} for rate, params in merged.items()]
+    return [{"params": params, "lr": rate, "rate": rate} for rate, params in merged.items()]

@@ -19,6 +19,7 @@ from rotexport.quant.formats import INT4, NumberFormat, activation_format
 from rotexport.quant.scales import LARGEST_FACTOR, QuantizedTensor
 from rotexport.quant.scheme import ActivationScheme
 
+KEPT_OFFSET = 0.25  # of a step: nearer its code's ends, a number would leave the code at the first noise
 SMALLEST_ROW_SCALE = 1e-10  # as in the graph
 MOST_CERTAIN_CLIP = 0.982  # sigmoid(4): where a clip of 1 begins, so that it has a gradient (OmniQuant)
 
@@ -64,7 +65,7 @@ class LearnedWeight(nn.Module):
         """Return numbers [G, g, N] that round to the codes of `start`."""
         groups = (-1, self.grid.group, weight.shape[1])
         codes = torch.from_numpy(np.asarray(start.codes, np.float32)).reshape(groups)
-        offsets = (weight.reshape(groups) / self.first_scale - codes).clamp_(-0.49, 0.49)
+        offsets = (weight.reshape(groups) / self.first_scale - codes).clamp_(-KEPT_OFFSET, KEPT_OFFSET)
         return (codes + offsets).clamp_(self.grid.format.lowest, self.grid.format.highest)
 
     def scales(self) -> tuple[Tensor, Tensor | None]:
@@ -113,20 +114,21 @@ class LearnedWeight(nn.Module):
 
 
 class ActivationQuantizer(nn.Module):
-    """Quantizes activations [..., K] per token, or per token and group; its clip has a gradient."""
+    """Quantizes activations [..., K] per token, or per token and group; a learned clip has a gradient."""
 
-    def __init__(self, scheme: ActivationScheme, group: int) -> None:
+    def __init__(self, scheme: ActivationScheme, group: int, learn_clip: bool) -> None:
         """Start from the scheme's clip; `group` channels share a scale."""
         super().__init__()
         self.format = activation_format(scheme.format)
         self.group = group
+        self._fixed = scheme.clip
         start = min(scheme.clip, MOST_CERTAIN_CLIP)
-        self.logit = nn.Parameter(torch.tensor(math.log(start / (1 - start))))
+        self.logit = nn.Parameter(torch.tensor(math.log(start / (1 - start)))) if learn_clip else None
 
     @property
-    def clip(self) -> Tensor:
+    def clip(self) -> Tensor | float:
         """The fraction of a row's largest magnitude that the highest code stands for."""
-        return self.logit.sigmoid()
+        return self._fixed if self.logit is None else self.logit.sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x as it comes back from quantization."""

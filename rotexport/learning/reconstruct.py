@@ -8,88 +8,70 @@ norm, and the few massive tokens would otherwise drown all others.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rotexport.blocks.calibration import BlockMethod, BlockTask
 from rotexport.learning.precision import fast_products
-from rotexport.learning.student import Rates, Student
-
-Advance = Callable[[int, int], None]
-WARM_UP = 0.05  # of all steps
-FINAL_RATE = 0.05  # of the first
-BETAS = (0.9, 0.95)
+from rotexport.learning.student import Student, StudentSettings, make_student
+from rotexport.learning.training import BETAS, Training
+from rotexport.quant.scales import QuantizedTensor
 
 
 @dataclass(frozen=True)
-class Reconstruction:
-    """How long each block learns, from how many windows at a time, and how fast. `steps` 0 skips it."""
+class ReconstructMethod:
+    """A `BlockMethod`: trains the codes and scales that another one starts from.
 
-    steps: int = 0
-    batch: int = 2
-    rates: Rates = field(default_factory=Rates)
-    seed: int = 0
+    `scale_type` keeps the scales of weights behind float activations.
+    """
+
+    start: BlockMethod
+    training: Training
+    scale_type: torch.dtype
+
+    def solve(self, task: BlockTask) -> tuple[dict[str, QuantizedTensor], dict[str, Any]]:
+        """Return what was learned, and each site's figures with the block's error before and after."""
+        original = dict(task.block.weights)
+        starts, figures = self.start.solve(task)
+        task.block.weights.update(original)
+        kinds = StudentSettings(self.scale_type, learn_clips=False)
+        student = make_student(task.block, task.plan, task.edits.attention, starts, kinds)
+        with torch.enable_grad():
+            losses = reconstruct(student, task, self.training)
+        ends = max(1, len(losses) // 10)
+        learned = {"first": sum(losses[:ends]) / ends, "last": sum(losses[-ends:]) / ends}
+        return student.tensors(), {site: {**figures.get(site, {}), **learned} for site in starts}
 
 
-@dataclass(frozen=True, eq=False)
-class Examples:
-    """What a block learns from: its `inputs` and `targets`, one [S, width] per window, and its context."""
-
-    inputs: Sequence[Tensor]
-    targets: Sequence[Tensor]
-    context: Mapping[str, Tensor]
-
-
-def reconstruct(
-    student: Student, examples: Examples, settings: Reconstruction, advance: Advance = lambda done, of: None
-) -> list[float]:
+def reconstruct(student: Student, task: BlockTask, training: Training) -> list[float]:
     """Train a block's quantizers in place; return the relative squared error at every step."""
-    optimizer = torch.optim.Adam(student.groups(settings.rates), betas=BETAS, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_schedule(settings.steps))
+    optimizer = torch.optim.Adam(student.groups(training), betas=BETAS, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, training.rate)
     losses = []
-    for step, batch in enumerate(batches(len(examples.inputs), settings)):
-        inputs = torch.stack([examples.inputs[index] for index in batch])
-        targets = torch.stack([examples.targets[index] for index in batch])
-        with fast_products():
-            outputs = student.block(inputs, examples.context, student.edits)
-        loss = relative_error(outputs, targets)
+    for batch in training.batches(task.inputs.shape[0]):
+        inputs, targets = (_windows(stream, batch) for stream in (task.inputs, task.targets))
+        loss = block_error(student, inputs, targets, task.context)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         student.project()
         schedule.step()
         losses.append(loss.item())
-        advance(step + 1, settings.steps)
     return losses
 
 
-def relative_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean over tokens of |output − target|² / |target|², for [..., width]."""
+def block_error(student: Student, inputs: Tensor, targets: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+    """Return the mean over tokens of |output - target|² / |target|², for [windows, tokens, width]."""
+    with fast_products():
+        outputs = student.block(inputs, context, student.edits)
     error = (outputs - targets).square().sum(-1)
     mean: Tensor = (error / targets.square().sum(-1)).mean()
     return mean
 
 
-def rate_schedule(steps: int) -> Callable[[int], float]:
-    """Return the factor of the learning rate at each step: a linear warm-up, then a cosine."""
-    warm = max(1, round(WARM_UP * steps))
-
-    def factor(step: int) -> float:
-        cosine = (1 + math.cos(math.pi * min(step / max(1, steps), 1))) / 2
-        return min(1.0, (step + 1) / warm) * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
-
-    return factor
-
-
-def batches(count: int, settings: Reconstruction) -> Iterator[list[int]]:
-    """Yield `settings.steps` lists of window numbers; all windows are seen before any is seen again."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    waiting: list[int] = []
-    for _ in range(settings.steps):
-        while len(waiting) < settings.batch:
-            waiting += torch.randperm(count, generator=generator).tolist()
-        yield waiting[: settings.batch]
-        del waiting[: settings.batch]
+def _windows(stream: Any, numbers: list[int]) -> Tensor:
+    return torch.cat([stream[slice(number, number + 1)] for number in numbers])

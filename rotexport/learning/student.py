@@ -12,19 +12,11 @@ from torch import nn
 from rotexport.blocks.torch_block import Edit, Edits, TorchBlock
 from rotexport.errors import RecipeError
 from rotexport.learning.quantizers import ActivationQuantizer, LearnedWeight, StraightThrough, WeightGrid
+from rotexport.learning.training import Training
 from rotexport.quant.formats import weight_format
 from rotexport.quant.plan import SitePlan
 from rotexport.quant.scales import QuantizedTensor
 from rotexport.quant.scheme import ActivationScheme
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Learning rates: of weights, in steps of their grid; of the logarithms of scales, and of clips."""
-
-    weights: float = 0.01
-    scales: float = 0.002
-    clips: float = 0.02
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,15 +33,15 @@ class Student:
         """What makes the float block the quantized one."""
         return Edits(inputs=self.inputs, weights=self.weights, attention=self.attention)
 
-    def groups(self, rates: Rates) -> list[dict[str, Any]]:
+    def groups(self, training: Training) -> list[dict[str, Any]]:
         """Return the parameters as an optimizer takes them, each kind with its learning rate."""
         weights = list(self.weights.values())
         scales = [p for weight in weights for p in (weight.channel, weight.factor) if p is not None]
         clips = {id(quantizer): quantizer.logit for quantizer in self.inputs.values()}
         groups = [
-            (rates.weights, [weight.numbers for weight in weights]),
-            (rates.scales, scales),
-            (rates.clips, list(clips.values())),
+            (training.weight_rate, [weight.numbers for weight in weights]),
+            (training.scale_rate, scales),
+            (training.clip_rate, [logit for logit in clips.values() if logit is not None]),
         ]
         return [{"params": params, "lr": rate} for rate, params in groups if rate and params]
 
@@ -74,21 +66,28 @@ class Student:
         quantizer = self.inputs.get(site.site)
         if quantizer is None:
             return site
-        clip = float(quantizer.clip.detach())
+        clip = float(quantizer.clip)
         return replace(site, activations=replace(site.activations, clip=clip))
+
+
+@dataclass(frozen=True)
+class StudentSettings:
+    """`scale_type` keeps the scales of weights behind float activations; clips may be learned or stay."""
+
+    scale_type: torch.dtype
+    learn_clips: bool
 
 
 def make_student(
     block: TorchBlock,
     plan: Mapping[str, SitePlan],
-    starts: Mapping[str, QuantizedTensor],
     attention: Mapping[str, Edit],
-    scale_type: torch.dtype,
+    starts: Mapping[str, QuantizedTensor],
+    settings: StudentSettings,
 ) -> Student:
-    """Put quantizers into a block, starting from the codes of `starts`; `plan` and `starts` are by site.
+    """Put quantizers into a block; `attention` are the cache's.
 
-    `attention` are the quantizers of the cache; `scale_type` keeps the scales of weights whose activations
-    stay in floating point.
+    `plan` and `starts`, the codes that weights begin with, are by site.
 
     Raises:
         RecipeError: a site has static activations, or a format that is not an integer's.
@@ -98,21 +97,23 @@ def make_student(
     shared: dict[tuple[str, ActivationScheme, int], ActivationQuantizer] = {}
     for name, matrix in block.weights.items():
         site = plan[name]
-        _check(site)
+        check_learnable(site)
         if site.weights.enabled:
-            kept = torch.float32 if site.activations.enabled else scale_type
+            kept = torch.float32 if site.activations.enabled else settings.scale_type
             grid = WeightGrid(weight_format(site.weights.format), site.weight_group, kept)
             weights[name] = LearnedWeight(matrix, starts[name], grid)
         if site.activations.enabled:
-            key = (block.input_of[name], site.activations, site.activation_group)
+            scheme, group = site.activations, site.activation_group
+            key = (block.input_of[name], scheme, group)
             if key not in shared:
-                shared[key] = ActivationQuantizer(site.activations, site.activation_group)
+                shared[key] = ActivationQuantizer(scheme, group, settings.learn_clips)
             inputs[name] = shared[key]
     caches = {name: StraightThrough(quantizer) for name, quantizer in attention.items()}
     return Student(block, weights, inputs, caches)
 
 
-def _check(site: SitePlan) -> None:
+def check_learnable(site: SitePlan) -> None:
+    """Raise RecipeError where a site's weight cannot be learned."""
     formats = {site.weights.format, site.activations.format} - {"none"}
     if not formats <= {"int8", "int4"}:
         named = ", ".join(sorted(formats - {"int8", "int4"}))
@@ -120,5 +121,5 @@ def _check(site: SitePlan) -> None:
     if site.activations.enabled and site.activations.mode == "static":
         raise RecipeError(
             f"site {site.site}: weights are learned behind dynamic activations only; "
-            "set activations.mode: dynamic, or weights.method to another than qat"
+            "set activations.mode: dynamic, or reconstruct.steps and distill.steps to 0"
         )

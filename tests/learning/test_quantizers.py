@@ -105,7 +105,7 @@ def test_activations_are_quantized_as_the_graph_does(form: str, group: int) -> N
     highest = {"int8": 127, "int4": 7}[form]
     x = torch.randn(3, 5, 48, generator=torch.Generator().manual_seed(2))
     x[0, 0] = 0  # a row of zeros stays zero
-    quantizer = ActivationQuantizer(ActivationScheme(form, "dynamic", clip=0.9), group)
+    quantizer = ActivationQuantizer(ActivationScheme(form, "dynamic", clip=0.9), group, learn_clip=True)
     rows = x.double().numpy().reshape(3, 5, -1, group)
     scale = np.maximum(np.abs(rows).max(-1, keepdims=True) * 0.9 / highest, 1e-10)
     lowest = -128 if form == "int8" else -7
@@ -118,7 +118,7 @@ def test_activations_are_quantized_as_the_graph_does(form: str, group: int) -> N
 def test_clip_learns_to_cut_a_lone_outlier() -> None:
     x = torch.randn(64, 16, generator=torch.Generator().manual_seed(3))
     x[:, 0] = 8.0
-    quantizer = ActivationQuantizer(ActivationScheme("int4", "dynamic"), 16)
+    quantizer = ActivationQuantizer(ActivationScheme("int4", "dynamic"), 16, learn_clip=True)
     optimizer = torch.optim.Adam(quantizer.parameters(), lr=0.05)
     first = quantizer.clip.item()
     for _ in range(100):

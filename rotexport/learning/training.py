@@ -1,0 +1,70 @@
+"""How long and how fast quantizers learn: what a recipe says of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from rotexport.errors import RecipeError
+
+Advance = Callable[[int, int], None]
+WARM_UP = 0.05  # of all steps
+FINAL_RATE = 0.05  # of the first
+BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Training:
+    """Adam for `steps` steps (0: none) of `batch` windows each, the rates falling along a cosine.
+
+    `weight_rate` is in steps of a weight's grid, so it fits every model; `scale_rate` is of the logarithm of
+    a scale, `clip_rate` of the logit of a clip. A rate of 0 leaves its kind as it is.
+    """
+
+    steps: int = 0
+    batch: int = 1
+    weight_rate: float = 0.01
+    scale_rate: float = 0.002
+    clip_rate: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "seed"):
+            if not _is_count(getattr(self, key)):
+                raise RecipeError(f"{key}: {getattr(self, key)!r} is not a non-negative integer")
+        if not _is_count(self.batch) or self.batch == 0:
+            raise RecipeError(f"batch: {self.batch!r} is not a positive number of windows")
+        for key in ("weight_rate", "scale_rate", "clip_rate"):
+            rate = getattr(self, key)
+            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+                raise RecipeError(f"{key}: {rate!r} is not at least 0 and below 1")
+        if self.steps and not (self.weight_rate or self.scale_rate or self.clip_rate):
+            raise RecipeError("all rates are 0, so nothing would be learned; set steps to 0")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is anything to do."""
+        return self.steps > 0
+
+    def rate(self, step: int) -> float:
+        """Return the factor of the learning rates at a step: a linear warm-up, then a cosine."""
+        warm = max(1, round(WARM_UP * self.steps))
+        cosine = (1 + math.cos(math.pi * min(step / max(1, self.steps), 1))) / 2
+        return min(1.0, (step + 1) / warm) * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
+
+    def batches(self, count: int) -> Iterator[list[int]]:
+        """Yield the numbers of each step's windows; all are seen before any is seen again."""
+        generator = torch.Generator().manual_seed(self.seed)
+        waiting: list[int] = []
+        for _ in range(self.steps):
+            while len(waiting) < self.batch:
+                waiting += torch.randperm(count, generator=generator).tolist()
+            yield waiting[: self.batch]
+            del waiting[: self.batch]
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
