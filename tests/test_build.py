@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import rotexport
 from rotexport.build import BuildOptions
 from rotexport.errors import OutputError, RecipeError, TargetError, ValidationError
 from rotexport.graph.io import load_model
+from rotexport.quant.scheme import MixedScheme
 from rotexport.recipe import from_mapping, load_recipe, preset_names
 from rotexport.report import read_report
 from rotexport.runtime.model import OnnxModel, next_past
@@ -35,7 +37,11 @@ def llama():
     return tiny_model("llama", **SIZES)
 
 
-@pytest.mark.parametrize("preset", preset_names())
+# How weights were chosen changes no kernel: those recipes differ from these in their codes alone.
+ROUNDING = [name for name in preset_names() if not name.startswith(("best-", "gptq-", "quarot-gptq-"))]
+
+
+@pytest.mark.parametrize("preset", ROUNDING)
 def test_every_preset_becomes_an_engine_with_the_kernels_it_asks_for(
     llama, preset: str, tmp_path: Path
 ) -> None:
@@ -60,12 +66,36 @@ def test_every_preset_becomes_an_engine_with_the_kernels_it_asks_for(
         "w8a8": "int8 gemm",
         "fp8": "fp8 gemm",
         "w4a16": "int4 weight-only",
-        "gptq-w4a16": "int4 weight-only",
         "w8a16": "int8 weight-only",
         "fp16": "fp16 gemm",
     }
     kernels = {count.kernel for count in report.engines[0].kernels if count.role != "head"}
     assert kernels == {wanted.get(preset, "int8 gemm")}
+
+
+@pytest.mark.parametrize("preset", ["best-w4a4kv4"])
+def test_weights_chosen_on_text_are_reported_and_better_than_rounded_ones(
+    llama, preset: str, tmp_path: Path
+) -> None:
+    recipe = replace(load_recipe(preset), calibration_windows=64)  # of 64 tokens
+    report = rotexport.build(llama, tmp_path / "chosen", recipe)
+    rounded = replace(recipe, weights=replace(recipe.weights, method="search"))
+    plain = rotexport.build(llama, tmp_path / "rounded", rounded)
+    assert report.proof is not None and plain.proof is not None
+    assert report.proof.comparison.kl < plain.proof.comparison.kl
+    assert [block.block for block in report.weights] == [0, 1]
+    assert plain.weights == ()
+    for losses in (losses for block in report.weights for losses in block.losses.values()):
+        assert losses["descent"] < losses["rounding"]
+    assert "What quantized weights leave as error" in (tmp_path / "chosen" / "report.html").read_text()
+
+
+def test_mixed_precision_keeps_the_worst_sites_wider(llama, tmp_path: Path) -> None:
+    recipe = replace(load_recipe("quarot-w4a8"), mixed=MixedScheme("int8", 1.2))
+    report = rotexport.build(llama, tmp_path / "out", recipe)
+    kept = [found.site for found in report.sensitivities if found.kept_wide]
+    assert 0 < len(kept) < len(report.sensitivities) == 14
+    assert any("weights kept int8" in note for note in report.notes)
 
 
 def test_prefill_and_steps_agree_on_a_quantized_cache(llama, tmp_path: Path) -> None:
