@@ -17,6 +17,7 @@
 #define ROTEXPORT_KERNEL
 #define ROTEXPORT_UNROLL
 #define ROTEXPORT_ROLL
+#define ROTEXPORT_UNROLL_BY(COUNT)
 #define __launch_bounds__(...)
 
 // The line of kernel source that calls a function declared with this as its last parameter.

@@ -102,6 +102,8 @@ struct Geometry {
   int value_group;
   int key_groups;
   int value_groups;
+  int key_group_inverse;  // channel * inverse >> 16 is channel / group
+  int value_group_inverse;
   float scale;
   float softcap;
   int row_tiles;    // blocks per key head, of packed query rows

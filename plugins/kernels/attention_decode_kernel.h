@@ -44,13 +44,15 @@ struct DecodeOperands {
   float* weights;  // [rows, splits, 2]: maximum and sum
 };
 
-// The cache tensors of one part of the keys.
-struct Stored {
-  const char* key;
-  const char* value;
-  const char* key_scale;
-  const char* value_scale;
-  int slots;
+// The keys of one part, or their values: in the cache's slots and in the call's tensor.
+template <class Element>
+struct Side {
+  const char* slots;
+  const char* scales;
+  const Element* fresh;
+  int width;
+  int group;
+  int groups;
 };
 
 template <class Traits>
@@ -58,37 +60,32 @@ class Decode {
   using Element = typename Traits::Element;
   using Chunk = Vector<uint32_t, 4>;
   static constexpr int kCodeTile = tile_keys(Traits::kFormat);
+  static constexpr bool kCoded = Traits::kFormat != Format::kFloat;
 
  public:
   ROTEXPORT_DEVICE Decode(const Geometry& geometry, const DecodeOperands<Element>& operands)
       : g_(geometry),
         operands_(operands),
         stages_(stage_offset()),
-        queries_(stages_end() + warp() * query_bytes(Traits::kSize)) {
-    unsigned block = device::block_index();
-    split_ = static_cast<int>(block % g_.splits);
-    block /= g_.splits;
-    first_row_ = static_cast<int>(block % g_.row_tiles) * kDecodeRows;
-    block /= g_.row_tiles;
-    head_ = static_cast<int>(block) % g_.kv_heads;
-    batch_ = static_cast<int>(block) / g_.kv_heads;
-    row_ = load_row(operands.past_length, operands.new_length, batch_, g_.tokens);
+        queries_(stages_end() + warp() * query_bytes(Traits::kSize)),
+        facts_(facts_end() - (warp() + 1) * kFactBytes) {
+    row_ = load_row(operands.past_length, operands.new_length, cache_head() / g_.kv_heads, g_.tokens);
   }
 
   ROTEXPORT_DEVICE void run() {
-    const int first_token = first_row_ / g_.repeat;
+    const int first_token = first_row() / g_.repeat;
     if (first_token >= row_.fresh) return;
     prepare(first_token);
     const int each =
         (end_tile_ + g_.splits * Traits::kWarps - 1) / (g_.splits * Traits::kWarps) * Traits::kWarps;
-    const int end = (split_ + 1) * each < end_tile_ ? (split_ + 1) * each : end_tile_;
-    const int first = split_ * each + warp();
+    const int end = (split() + 1) * each < end_tile_ ? (split() + 1) * each : end_tile_;
+    const int first = split() * each + warp();
     int held_part = kParts;
-    if (first < end) start_copy(first, 0);
-    device::copy_async_commit();
-    for (int tile = first, stage = 0; tile < end; tile += Traits::kWarps, stage ^= 1) {
+    // Each turn starts to copy a tile, and multiplies the one that was started a turn ago.
+    for (int tile = first - Traits::kWarps, stage = 1; tile < end; tile += Traits::kWarps, stage ^= 1) {
       if (tile + Traits::kWarps < end) start_copy(tile + Traits::kWarps, stage ^ 1);
       device::copy_async_commit();
+      if (tile < first) continue;
       device::copy_async_wait<1>();
       device::warp_barrier();
       const Part part = part_of(tile);
@@ -112,22 +109,26 @@ class Decode {
   ROTEXPORT_DEVICE unsigned stages_end() const {
     return Traits::kWarps * Traits::kStages * static_cast<unsigned>(g_.stage_bytes);
   }
+  static constexpr unsigned kFactBytes = kDecodeRows * sizeof(RowFacts);
+  ROTEXPORT_DEVICE unsigned facts_end() const {
+    return stages_end() + Traits::kWarps * (query_bytes(Traits::kSize) + kFactBytes);
+  }
   static ROTEXPORT_DEVICE int lane() { return static_cast<int>(device::thread_index() % 32); }
   static ROTEXPORT_DEVICE int warp() { return static_cast<int>(device::thread_index() / 32); }
 
   ROTEXPORT_DEVICE void prepare(int first_token) {
-    const int last_token = (first_row_ + kDecodeRows - 1) / g_.repeat;
+    const int last_token = (first_row() + kDecodeRows - 1) / g_.repeat;
     first_query_ = row_.past + first_token;
     last_query_ = row_.past + (last_token < row_.fresh ? last_token : row_.fresh - 1);
     far_tile_ = tiles_of(range(kSinks), tile_keys(Format::kFloat));
     near_tile_ = far_tile_ + tiles_of(range(kFar), kCodeTile);
     end_tile_ = near_tile_ + tiles_of(range(kNear), tile_keys(Format::kFloat));
+    if (lane() < kDecodeRows) {
+      facts_.store(lane(), facts_of(g_, operands_.decay, row_.past, cache_head(), first_row() + lane()));
+    }
+    device::warp_barrier();
     ROTEXPORT_UNROLL
     for (int r = 0; r < 2; ++r) {
-      const int row = first_row_ + 8 * r + lane() / 4;
-      position_[r] = row_.past + row / g_.repeat;
-      slope_[r] = Curve::kLog2E * device::Global<const float>(operands_.decay)
-                                      .template load<float>(head_ * g_.repeat + row % g_.repeat);
       maximum_[r] = kHidden;
       sum_[r] = 0;
     }
@@ -142,29 +143,40 @@ class Decode {
     return part == kSinks ? 0 : part == kFar ? far_tile_ : near_tile_;
   }
   ROTEXPORT_DEVICE Range range(Part part) const {
-    return range_of(part, g_, Traits::kFormat != Format::kFloat, first_query_, last_query_);
+    return range_of(part, g_, kCoded, first_query_, last_query_);
   }
   ROTEXPORT_DEVICE Part part_of(int tile) const {
     return tile < far_tile_ ? kSinks : tile < near_tile_ ? kFar : kNear;
   }
 
-  ROTEXPORT_DEVICE int64_t cache_head() const { return static_cast<int64_t>(batch_) * g_.kv_heads + head_; }
+  // What the block works on, found again rather than kept: sums need every register.
+  static ROTEXPORT_DEVICE int block() { return static_cast<int>(device::opaque(device::block_index())); }
+  ROTEXPORT_DEVICE int split() const { return block() % g_.splits; }
+  ROTEXPORT_DEVICE int first_row() const { return block() / g_.splits % g_.row_tiles * kDecodeRows; }
+  ROTEXPORT_DEVICE int cache_head() const { return block() / g_.splits / g_.row_tiles; }
 
-  ROTEXPORT_DEVICE Stored stored(Part part) const {
+  ROTEXPORT_DEVICE Side<Element> side(Part part, bool value) const {
     const Cache& c = operands_.cache;
-    if (part == kSinks)
-      return {as_bytes(c.sink_key), as_bytes(c.sink_value), nullptr, nullptr, g_.sink_slots};
-    if (part == kNear && Traits::kFormat != Format::kFloat) {
-      return {as_bytes(c.recent_key), as_bytes(c.recent_value), nullptr, nullptr, g_.recent};
-    }
-    return {as_bytes(c.window_key), as_bytes(c.window_value), as_bytes(c.window_key_scale),
-            as_bytes(c.window_value_scale), g_.window};
+    Side<Element> side;
+    side.slots = as_bytes(value ? c.window_value : c.window_key);
+    if (part == kSinks) side.slots = as_bytes(value ? c.sink_value : c.sink_key);
+    if (part == kNear && kCoded) side.slots = as_bytes(value ? c.recent_value : c.recent_key);
+    side.scales = as_bytes(value ? c.window_value_scale : c.window_key_scale);
+    side.fresh = value ? operands_.value : operands_.key;
+    side.width = value ? g_.value_size : g_.head_size;
+    side.group = value ? g_.value_group : g_.key_group;
+    side.groups = value ? g_.value_groups : g_.key_groups;
+    return side;
+  }
+  ROTEXPORT_DEVICE int slots_of(Part part) const {
+    return part == kSinks ? g_.sink_slots : part == kNear && kCoded ? g_.recent : g_.window;
   }
   static ROTEXPORT_DEVICE const char* as_bytes(const void* tensor) {
     return static_cast<const char*>(tensor);
   }
 
-  ROTEXPORT_DEVICE Places places(Part part, int slots) const {
+  ROTEXPORT_DEVICE Places places(Part part) const {
+    const int slots = slots_of(part);
     return part == kSinks ? sink_places(row_.past, slots) : ring_places(row_.past, g_.sinks, slots);
   }
 
@@ -190,23 +202,21 @@ class Decode {
   ROTEXPORT_DEVICE void copy_tile(Part part, int tile, int stage) const {
     const Range range = this->range(part);
     const int first = range.first + (tile - first_tile(part)) * tile_keys(kFormat);
-    const Stored from = stored(part);
-    const Places where = places(part, from.slots);
-    copy_rows<kFormat>(from.key, operands_.key, g_.head_size, range, first, where, at<kFormat>(stage, kKeys));
-    copy_rows<kFormat>(from.value, operands_.value, g_.value_size, range, first, where,
-                       at<kFormat>(stage, kValues));
-    if constexpr (kFormat != Format::kFloat) {
-      copy_scales(from.key_scale, g_.key_groups, range, first, where, at<kFormat>(stage, kKeyScales));
-      copy_scales(from.value_scale, g_.value_groups, range, first, where, at<kFormat>(stage, kValueScales));
-      const int behind = range.last - first < kCodeTile ? range.last + 1 : first + kCodeTile;
-      for (int j = first < where.past ? where.past : first; j < behind; ++j) {
-        const int i = j - first;
-        quantize_token(operands_.key, g_.head_size, g_.key_group, where.token(j),
-                       at<kFormat>(stage, kKeys) + i * key_stride(Traits::kSize, kFormat),
-                       at<kFormat>(stage, kKeyScales) + i * g_.key_groups * 4);
-        quantize_token(operands_.value, g_.value_size, g_.value_group, where.token(j),
-                       at<kFormat>(stage, kValues) + i * key_stride(Traits::kSize, kFormat),
-                       at<kFormat>(stage, kValueScales) + i * g_.value_groups * 4);
+    const Places where = places(part);
+    ROTEXPORT_ROLL
+    for (int value = 0; value < 2; ++value) {
+      const Side<Element> from = side(part, value != 0);
+      const unsigned to = at<kFormat>(stage, value ? kValues : kKeys);
+      copy_rows<kFormat>(from, range, first, where, to);
+      if constexpr (kFormat != Format::kFloat) {
+        const unsigned scales_to = at<kFormat>(stage, value ? kValueScales : kKeyScales);
+        copy_scales(from, range, first, where, scales_to);
+        const int behind = range.last - first < kCodeTile ? range.last + 1 : first + kCodeTile;
+        ROTEXPORT_ROLL
+        for (int j = first < where.past ? where.past : first; j < behind; ++j) {
+          quantize_token(from, where.token(j), to + (j - first) * key_stride(Traits::kSize, kFormat),
+                         scales_to + (j - first) * from.groups * 4);
+        }
       }
     }
   }
@@ -214,11 +224,11 @@ class Decode {
   // Starts to copy a tile's keys or values. Rows behind the last become zeros; new tokens are copied in
   // floating point, and left alone where they have to be quantized.
   template <Format kFormat>
-  ROTEXPORT_DEVICE void copy_rows(const char* slots, const Element* fresh, int width, const Range& range,
-                                  int first, const Places& where, unsigned to) const {
-    const int bytes = width * bits_of(kFormat) / 8;
-    const char* held = slots + cache_head() * where.slots * bytes;
-    const char* added = as_bytes(fresh + cache_head() * g_.tokens * width);
+  ROTEXPORT_DEVICE void copy_rows(const Side<Element>& from, const Range& range, int first,
+                                  const Places& where, unsigned to) const {
+    const int bytes = from.width * bits_of(kFormat) / 8;
+    const char* held = from.slots + int64_t{cache_head()} * where.slots * bytes;
+    const char* added = as_bytes(from.fresh + int64_t{cache_head()} * g_.tokens * from.width);
     if (bytes % 16 == 0) {
       copy_chunks<kFormat, 16>(held, added, bytes, range, first, where, to);
     } else if constexpr (kFormat != Format::kFloat) {
@@ -253,31 +263,32 @@ class Decode {
     }
   }
 
-  ROTEXPORT_DEVICE void copy_scales(const char* scales, int groups, const Range& range, int first,
+  ROTEXPORT_DEVICE void copy_scales(const Side<Element>& from, const Range& range, int first,
                                     const Places& where, unsigned to) const {
-    const char* held = scales + cache_head() * where.slots * groups * 4;
-    for (int i = lane(); i < kCodeTile * groups; i += 32) {
-      const int j = first + i / groups;
+    const char* held = from.scales + int64_t{cache_head()} * where.slots * from.groups * 4;
+    for (int i = lane(); i < kCodeTile * from.groups; i += 32) {
+      const int j = first + i / from.groups;
       if (j > range.last) {
         stages_.store(to + 4 * i, uint32_t{0});
       } else if (!where.is_fresh(j)) {
-        device::copy_async<4>(stages_, to + 4 * i, held + (where.slot(j) * groups + i % groups) * int64_t{4});
+        const int64_t scale = int64_t{where.slot(j)} * from.groups + i % from.groups;
+        device::copy_async<4>(stages_, to + 4 * i, held + 4 * scale);
       }
     }
   }
 
   // A new token, as it will be stored.
-  ROTEXPORT_DEVICE void quantize_token(const Element* tensor, int width, int group, int token, unsigned to,
+  ROTEXPORT_DEVICE void quantize_token(const Side<Element>& from, int token, unsigned to,
                                        unsigned scale_to) const {
-    if constexpr (Traits::kFormat != Format::kFloat) {
+    if constexpr (kCoded) {
+      const Element* row = from.fresh + (int64_t{cache_head()} * g_.tokens + token) * from.width;
       float x[kLaneChannels];
-      load_channels(x, device::Global<const Element>(tensor + (cache_head() * g_.tokens + token) * width),
-                    lane(), width);
-      const LaneCodes made = quantize<Element, Traits::kFormat>(x, lane(), group);
-      if (lane() * kLaneChannels >= width) return;
-      store_codes<Traits::kFormat>(stages_, to, made, lane());
+      load_channels(x, device::Global<const Element>(row), lane(), from.width);
+      const LaneCodes made = quantize<Element, Traits::kFormat>(x, lane(), from.group);
       const int channel = lane() * kLaneChannels;
-      if (channel % group == 0) stages_.store(scale_to + channel / group * 4, made.scale);
+      if (channel >= from.width) return;
+      store_codes<Traits::kFormat>(stages_, to, made, lane());
+      if (channel % from.group == 0) stages_.store(scale_to + channel / from.group * 4, made.scale);
     }
   }
 
@@ -288,9 +299,9 @@ class Decode {
     const int last_row = (last_query_ - row_.past + 1) * g_.repeat - 1;
     ROTEXPORT_UNROLL
     for (int r = 0; r < 2; ++r) {
-      const int row = first_row_ + 8 * r + lane() / 4;
+      const int row = first_row() + 8 * r + lane() / 4;
       const int packed = row < last_row ? row : last_row;
-      const int64_t head = cache_head() * g_.repeat + packed % g_.repeat;
+      const int64_t head = int64_t{cache_head()} * g_.repeat + packed % g_.repeat;
       rows[r] = device::Global<const Element>(from + (head * g_.tokens + packed / g_.repeat) * g_.head_size);
     }
     ROTEXPORT_UNROLL
@@ -349,6 +360,7 @@ class Decode {
   ROTEXPORT_DEVICE void attend(Part part, int tile, int stage) {
     const Range range = this->range(part);
     const int first = range.first + (tile - first_tile(part)) * tile_keys(kFormat);
+    ROTEXPORT_ROLL
     for (int slice = 0; slice < tile_keys(kFormat) && first + slice <= range.last; slice += 16) {
       multiply_keys<kFormat>(stage, slice);
       weigh(part, range, first + slice);
@@ -360,7 +372,7 @@ class Decode {
   ROTEXPORT_DEVICE void multiply_keys(int stage, int slice) {
     ROTEXPORT_UNROLL
     for (int i = 0; i < 8; ++i) products_[i / 4][i % 4] = 0;
-    ROTEXPORT_UNROLL
+    ROTEXPORT_UNROLL_BY(Traits::kQueriesShared ? 1 : Traits::kUnits)
     for (int u = 0; u < Traits::kUnits; ++u) {
       if (32 * u >= g_.head_size) continue;
       const int channel = 32 * u + lane() % 4 * 8;
@@ -385,8 +397,9 @@ class Decode {
       ROTEXPORT_UNROLL
       for (int i = 0; i < 4; ++i) keys[i / 2][i % 2] = words.values[i];
     } else {
-      const uint32_t scale = stages_.template load<uint32_t>(
-          at<kFormat>(stage, kKeyScales) + (key * g_.key_groups + channel / g_.key_group) * 4);
+      const uint32_t scale =
+          stages_.template load<uint32_t>(at<kFormat>(stage, kKeyScales) +
+                                          (key * g_.key_groups + (channel * g_.key_group_inverse >> 16)) * 4);
       const uint32_t steps = low_halves(scale, scale);
       const uint32_t minima = high_halves(scale, scale);
       if constexpr (kFormat == Format::kInt8) {
@@ -414,14 +427,15 @@ class Decode {
     const int first_key = first + lane() % 4 * 2;
     ROTEXPORT_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const float slope = part == kSinks ? 0.0f : slope_[half];
+      const auto facts = facts_.template load<RowFacts>(8 * half + lane() / 4);
+      const float slope = part == kSinks ? 0.0f : facts.slope;
       float largest = maximum_[half];
       ROTEXPORT_UNROLL
       for (int i = 0; i < 4; ++i) {
         float& x = products_[i / 2][i % 2 + 2 * half];
         const int j = first_key + 8 * (i / 2) + i % 2;
-        x = curve(x) - slope * static_cast<float>(position_[half] - j);
-        if (!range.shows(position_[half], j)) x = kHidden;
+        x = curve(x) - slope * static_cast<float>(facts.position - j);
+        if (!range.shows(facts.position, j)) x = kHidden;
         largest = larger(largest, x);
       }
       largest = largest_of_quad(largest);
@@ -481,8 +495,8 @@ class Decode {
     uint32_t steps = 0;
     uint32_t minima = 0;
     if constexpr (kFormat != Format::kFloat) {
-      const unsigned scales =
-          at<kFormat>(stage, kValueScales) + (key * g_.value_groups + column / g_.value_group) * 4;
+      const unsigned scales = at<kFormat>(stage, kValueScales) +
+                              (key * g_.value_groups + (column * g_.value_group_inverse >> 16)) * 4;
       const auto first = stages_.template load<uint32_t>(scales);
       const auto second = stages_.template load<uint32_t>(scales + 4 * g_.value_groups);
       steps = low_halves(first, second);
@@ -514,7 +528,7 @@ class Decode {
   // Sums over the block's warps, in their order.
   ROTEXPORT_DEVICE void merge() {
     const device::Shared<float> own(stage_offset());
-    const device::Shared<float> weights(stages_end() + Traits::kWarps * query_bytes(Traits::kSize));
+    const device::Shared<float> weights(facts_end());
     ROTEXPORT_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int row = 8 * half + lane() / 4;
@@ -539,7 +553,7 @@ class Decode {
          i += Traits::kThreads) {
       const int row = i / (Traits::kSize / 4);
       const int column = i % (Traits::kSize / 4) * 4;
-      if (first_row_ + row < rows && column < g_.value_size) write_sums(weights, row, column);
+      if (first_row() + row < rows && column < g_.value_size) write_sums(weights, row, column);
     }
   }
 
@@ -561,7 +575,8 @@ class Decode {
       ROTEXPORT_UNROLL
       for (int i = 0; i < 4; ++i) sums.values[i] += values.values[i] * factor;
     }
-    const int64_t index = (cache_head() * g_.tokens * g_.repeat + first_row_ + row) * g_.splits + split_;
+    const int64_t index =
+        (int64_t{cache_head()} * g_.tokens * g_.repeat + first_row() + row) * g_.splits + split();
     device::Global<float>(operands_.sums).from(index * g_.value_size).store(column, sums);
     if (column == 0) {
       device::Global<float>(operands_.weights).from(index * 2).store(0, Vector<float, 2>{{maximum, total}});
@@ -572,18 +587,13 @@ class Decode {
   const DecodeOperands<Element>& operands_;
   device::Shared<char> stages_;
   device::Shared<uint32_t> queries_;
-  int split_;
-  int first_row_;
-  int head_;
-  int batch_;
+  device::Shared<RowFacts> facts_;
   Row row_;
   int first_query_;
   int last_query_;
   int far_tile_;  // sinks come before, recent tokens behind
   int near_tile_;
   int end_tile_;
-  int position_[2];
-  float slope_[2];
   float maximum_[2];
   float sum_[2];
   uint32_t query_[Traits::kQueriesShared ? 1 : Traits::kUnits][2][4];

@@ -77,6 +77,12 @@ ROTEXPORT_DEVICE Places ring_places(int past, int sinks, int slots) {
   return {past, slots, past - slots, past < sinks ? 0 : (past - sinks) % slots};
 }
 
+// Of a query row: kept in shared memory, since not every tile needs it. The slope is the decay in log2.
+struct alignas(8) RowFacts {
+  int position;
+  float slope;
+};
+
 // Logits in units of log2, as the softmax takes them.
 struct Curve {
   static constexpr float kLog2E = 1.4426950408889634f;
@@ -93,6 +99,13 @@ struct Curve {
     return cap > 0 ? cap - 2 * cap * device::reciprocal(1 + device::exp2(x)) : x;
   }
 };
+
+// Of packed row `row` of a key head, which counts through the batch.
+ROTEXPORT_DEVICE RowFacts facts_of(const Geometry& g, const float* decay, int past, int head, int row) {
+  const device::Global<const float> slopes(decay);
+  return {past + row / g.repeat,
+          Curve::kLog2E * slopes.load<float>(head % g.kv_heads * g.repeat + row % g.repeat)};
+}
 
 constexpr float kHidden = -__builtin_huge_valf();
 

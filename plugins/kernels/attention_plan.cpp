@@ -79,6 +79,8 @@ void describe(const Problem& p, Geometry& g) {
   g.value_groups = static_cast<int>(p.format == Format::kFloat ? 1 : p.value_groups);
   g.key_group = g.head_size / g.key_groups;
   g.value_group = g.value_size / g.value_groups;
+  g.key_group_inverse = static_cast<int>(ceil_div(65536, g.key_group));
+  g.value_group_inverse = static_cast<int>(ceil_div(65536, g.value_group));
   g.scale = p.scale;
   g.softcap = p.softcap;
 }
@@ -114,9 +116,9 @@ void plan_decode(const Problem& p, Plan& plan) {
     g.stage_bytes = std::max(g.stage_bytes, tile_bytes(plan.size, p.format, g.key_groups + g.value_groups));
   }
   plan.threads = 32 * warps;
-  const int weights = warps * kDecodeRows * 2 * static_cast<int>(sizeof(float));
-  plan.shared_bytes =
-      static_cast<unsigned>(warps * (kDecodeStages * g.stage_bytes + query_bytes(plan.size)) + weights);
+  const int per_row = 2 * 2 * static_cast<int>(sizeof(float));  // position and slope, maximum and sum
+  plan.shared_bytes = static_cast<unsigned>(
+      warps * (kDecodeStages * g.stage_bytes + query_bytes(plan.size) + kDecodeRows * per_row));
   const int64_t parts = p.batch * p.kv_heads * rows * g.splits;
   plan.weights_offset = aligned(parts * p.value_size * static_cast<int64_t>(sizeof(float)));
   plan.workspace_bytes = plan.weights_offset + aligned(parts * 2 * static_cast<int64_t>(sizeof(float)));

@@ -12,12 +12,6 @@
 
 namespace sink_window_attention {
 
-// Of a query row: kept behind its channels in shared memory, since not every tile needs it.
-struct alignas(8) RowFacts {
-  int position;
-  float slope;
-};
-
 template <class Element_, int kSize_>
 struct PrefillTraits {
   using Element = Element_;
@@ -71,14 +65,11 @@ class Prefill {
         query_(0),
         key_(Traits::kQueryBytes),
         value_(Traits::kQueryBytes + Traits::kTileBytes) {
-    const auto block = device::block_index();
-    first_row_ = static_cast<int>(block % g_.row_tiles) * Traits::kRows;
-    head_ = static_cast<int>(block / g_.row_tiles);
-    row_ = load_row(operands.past_length, operands.new_length, head_ / g_.kv_heads, g_.tokens);
+    row_ = load_row(operands.past_length, operands.new_length, key_head() / g_.kv_heads, g_.tokens);
   }
 
   ROTEXPORT_DEVICE void run() {
-    const int first_token = first_row_ / g_.repeat;
+    const int first_token = first_row() / g_.repeat;
     if (first_token < row_.fresh) {
       attend(first_token);
     } else {
@@ -111,7 +102,7 @@ class Prefill {
   }
 
   ROTEXPORT_DEVICE void attend(int first_token) {
-    const int last_token = (first_row_ + Traits::kRows - 1) / g_.repeat;
+    const int last_token = (first_row() + Traits::kRows - 1) / g_.repeat;
     first_query_ = row_.past + first_token;
     last_query_ = row_.past + (last_token < row_.fresh ? last_token : row_.fresh - 1);
     prepare();
@@ -143,12 +134,8 @@ class Prefill {
   ROTEXPORT_DEVICE void prepare() {
     sloped_ = false;
     for (int i = lane(); i < Traits::kWarpRows; i += 32) {
-      const int row = first_row_ + warp_row() + i;
-      RowFacts facts;
-      facts.position = row_.past + row / g_.repeat;
-      facts.slope =
-          Curve::kLog2E * device::Global<const float>(operands_.decay)
-                              .template load<float>(head_ % g_.kv_heads * g_.repeat + row % g_.repeat);
+      const RowFacts facts =
+          facts_of(g_, operands_.decay, row_.past, key_head(), first_row() + warp_row() + i);
       query_.store(facts_at(warp_row() + i), facts);
       sloped_ |= facts.slope != 0;
     }
@@ -187,7 +174,7 @@ class Prefill {
       const int at = i + thread();
       const int row = at / (Traits::kSize / 8);
       const int column = at % (Traits::kSize / 8) * 8;
-      const int packed = first_row_ + row < last_row ? first_row_ + row : last_row;
+      const int packed = first_row() + row < last_row ? first_row() + row : last_row;
       if (column < g_.head_size) {
         device::copy_async(query_, row * Traits::kStride + column,
                            from + query_row(packed) * g_.head_size + column);
@@ -197,7 +184,7 @@ class Prefill {
 
   // Index of a packed row among the rows of queries and outputs.
   ROTEXPORT_DEVICE int64_t query_row(int packed) const {
-    const int64_t head = int64_t{head_} * g_.repeat + packed % g_.repeat;
+    const int64_t head = int64_t{key_head()} * g_.repeat + packed % g_.repeat;
     return head * g_.tokens + packed / g_.repeat;
   }
 
@@ -217,7 +204,7 @@ class Prefill {
     const Places places =
         tile.part == kSinks ? sink_places(row_.past, slots) : ring_places(row_.past, g_.sinks, slots);
     const Held<Element>& part = held[tile.part == kSinks ? kSinks : tile.part == kFar ? kFar : kNear];
-    const int64_t head = device::opaque(head_);  // pointers are made again rather than kept
+    const int64_t head = key_head();
     const Range range = this->range(tile.part);
     const Element* in_slots = part.slots + head * slots * width;
     const Element* fresh = part.fresh + head * g_.tokens * width;
@@ -378,12 +365,18 @@ class Prefill {
     for (int i = lane(); i < Traits::kWarpRows * (Traits::kSize / 8); i += 32) {
       const int row = warp_row() + i / (Traits::kSize / 8);
       const int column = i % (Traits::kSize / 8) * 8;
-      const int packed = first_row_ + row;
+      const int packed = first_row() + row;
       if (packed >= rows || column >= g_.value_size) continue;
       const bool real = packed / g_.repeat < row_.fresh;
       output.from(query_row(packed) * g_.value_size).store(column, real ? value(row, column) : Chunk{});
     }
   }
+
+  // What the block works on, found again rather than kept: sums need every register. Key heads are counted
+  // through the batch.
+  static ROTEXPORT_DEVICE int block() { return static_cast<int>(device::opaque(device::block_index())); }
+  ROTEXPORT_DEVICE int first_row() const { return block() % g_.row_tiles * Traits::kRows; }
+  ROTEXPORT_DEVICE int key_head() const { return block() / g_.row_tiles; }
 
   static ROTEXPORT_DEVICE int thread() { return static_cast<int>(device::thread_index()); }
   static ROTEXPORT_DEVICE int lane() { return thread() % 32; }
@@ -394,8 +387,6 @@ class Prefill {
   device::Shared<Element> query_;
   device::Shared<Element> key_;
   device::Shared<Element> value_;
-  int first_row_;
-  int head_;  // key head, counted through the batch
   Row row_;
   int first_query_;
   int last_query_;

@@ -15,6 +15,8 @@
 #define ROTEXPORT_KERNEL __global__
 #define ROTEXPORT_UNROLL _Pragma("unroll")
 #define ROTEXPORT_ROLL _Pragma("unroll 1")
+#define ROTEXPORT_TEXT(...) #__VA_ARGS__
+#define ROTEXPORT_UNROLL_BY(COUNT) _Pragma(ROTEXPORT_TEXT(unroll(COUNT)))
 
 namespace device {
 
