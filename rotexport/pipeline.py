@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from rotexport.graph.basis import attention_nodes, new_key
 from rotexport.graph.edit import sort
 from rotexport.graph.sites import linears
 from rotexport.graph.twin import float32_twin
@@ -153,8 +154,10 @@ def check_attention(graph: gs.Graph, recipe: Recipe) -> None:
 
     """
     if recipe.attention.streaming:
-        ring = replace(stream_format(recipe.kv_cache, recipe.attention.window), center=False)
-        StreamAttention(recipe.attention, ring).run(graph.copy())
+        ring = stream_format(recipe.kv_cache, recipe.attention.window)
+        keys = {number: new_key(node).shape for number, node in attention_nodes(graph)}
+        means = {number: np.zeros((heads, size)) for number, (_, heads, _, size) in keys.items()}
+        StreamAttention(recipe.attention, ring, means).run(graph.copy())
 
 
 def expected_kernels(plan: Sequence[SitePlan], dtype: str) -> dict[str, Kernel]:

@@ -42,7 +42,12 @@ from rotexport.transforms.transform import Transform
 # decoder, ten times that where a rotation mixes massive activations into small ones; a wrong sign, scale or
 # transpose gives 1e-2 and more. fp16 and bf16 round 2^13 and 2^16 times coarser: there the bound can only
 # catch what is broken.
-TOLERANCES = {Preserves.ROUNDING: 1e-4, Preserves.PRECISION: 1e-1, Preserves.QUANTIZATION: np.inf}
+TOLERANCES = {
+    Preserves.ROUNDING: 1e-4,
+    Preserves.PRECISION: 1e-1,
+    Preserves.QUANTIZATION: np.inf,
+    Preserves.CHANGED: np.inf,
+}
 
 BLOCK_BYTES = 64 << 20  # of block outputs held for comparison, however deep the model
 DIVERGED_DB = 10.0  # a block whose error holds a tenth of its signal's power no longer follows the reference

@@ -21,6 +21,7 @@ class Preserves(Enum):
     ROUNDING = "equal within rounding"
     PRECISION = "equal within the rounding of a narrower float type"
     QUANTIZATION = "changed by quantization"
+    CHANGED = "changed as the recipe asks"
 
 
 def rounding(graph: gs.Graph) -> Preserves:

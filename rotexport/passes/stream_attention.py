@@ -61,7 +61,9 @@ class StreamAttention(Pass):
                 f"attention.eviction: {scheme.eviction.policy} keeps tokens in floating point, not in "
                 f"int{cache_format.bits}; set kv_cache.key and kv_cache.value to none, or eviction to none"
             )
-        if cache_format.bits is not None:
+        if scheme.decay:
+            self.preserves = Preserves.CHANGED
+        elif cache_format.bits is not None:
             self.preserves = Preserves.QUANTIZATION
 
     def run(self, graph: gs.Graph) -> PassReport:
@@ -77,7 +79,7 @@ class StreamAttention(Pass):
         windows = {id(layer.mask): mask_window(graph, layer.mask) for layer in layers}
         caches = [self._cache(layer, windows[id(layer.mask)]) for layer in layers]
         cached_tensors = [cache.tensors() for cache in caches]  # refuses before anything changes
-        if self.cache_format.bits is None:
+        if self.preserves is Preserves.ROUNDING:
             self.preserves = rounding(graph)
         stream = StreamInterface(graph)
         slopes: dict[tuple[int, bool], gs.Constant] = {}

@@ -60,6 +60,7 @@ class BoundedGraph(CachedGraph):
         self.ports = _cache_ports(session, path)
         windows = [port.shape[2] for port in self.ports if port.name.endswith(".window_key")]
         self.call_tokens = max(1, min(call_tokens, *windows))
+        self.whole_prompt = any(port.name.endswith(".window_observed") for port in self.ports)
         self._current = self._buffers()
         self._other = self._buffers()
 

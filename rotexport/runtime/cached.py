@@ -27,6 +27,7 @@ class CachedGraph(ABC):
     call_tokens: int
     last_position: int
     length: int = 0
+    whole_prompt: bool = False  # the call that starts a stream chooses what stays: it must be all of a prompt
 
     @abstractmethod
     def run(self, tokens: Array, logits_of: Sequence[int], observed: Sequence[str] = ()) -> list[Array]:

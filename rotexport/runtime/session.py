@@ -74,7 +74,8 @@ class Session:
 
         """
         logits = None
-        for piece in self.graph.pieces(tokens):
+        whole = self.graph.whole_prompt and self.length == 0 and len(tokens) > 0
+        for piece in [tokens] if whole else self.graph.pieces(tokens):
             logits = self.graph.call(piece, [len(piece) - 1])
         if logits is None:
             raise ValidationError("a prompt needs at least one token; got none")

@@ -14,6 +14,8 @@ from rotexport.passes.lasting_positions import LAST_POSITION
 from rotexport.runtime.sampling import Sampling
 from rotexport.runtime.session import Session
 from rotexport.streaming.cache import graph_cache_bytes
+from rotexport.streaming.eviction import Eviction
+from rotexport.streaming.scheme import AttentionScheme
 
 TOKENS = np.random.default_rng(0).integers(0, 96, 40)
 
@@ -46,6 +48,20 @@ def test_a_prompt_is_read_in_calls_of_at_most_the_window(session: Session) -> No
     last = session.prefill(TOKENS)
     session.reset()
     np.testing.assert_allclose(last, [session.step(t) for t in TOKENS][-1], atol=1e-5 * np.abs(last).max())
+
+
+def test_a_prompt_that_chooses_what_stays_is_read_in_one_call(tiny: PreTrainedModel, tmp_path: Path) -> None:
+    eviction = Eviction("snapkv", recent=4, context=64, observe=4)
+    scheme = AttentionScheme("streaming", 2, 12, eviction=eviction)
+    session = Session(streaming_build(tiny, tmp_path / "snap", scheme=scheme), threads=1)
+    found = session.prefill(TOKENS[:30])
+    whole = session.step(TOKENS[30])
+    session.reset()
+    np.testing.assert_array_equal(found, session.graph.call(TOKENS[:30], [29])[0])
+    session.reset()
+    for _ in session.graph.forward(TOKENS[:30]):  # in pieces other tokens stay
+        pass
+    assert np.abs(session.step(TOKENS[30]) - whole).max() > 1e-4
 
 
 def test_greedy_generation_continues_the_prompt(session: Session) -> None:

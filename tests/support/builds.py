@@ -16,17 +16,27 @@ from rotexport.streaming.scheme import AttentionScheme
 SINKS, WINDOW = 2, 12
 
 
-def streaming_graph(model: PreTrainedModel, cache_format: CacheFormat = FLOAT_CACHE) -> gs.Graph:
+SCHEME = AttentionScheme("streaming", SINKS, WINDOW)
+
+
+def streaming_graph(
+    model: PreTrainedModel, cache_format: CacheFormat = FLOAT_CACHE, scheme: AttentionScheme = SCHEME
+) -> gs.Graph:
     """Export a model and give it a stream's cache."""
     graph = export(open_checkpoint(model))
-    StreamAttention(AttentionScheme("streaming", SINKS, WINDOW), cache_format).run(graph)
+    StreamAttention(scheme, cache_format).run(graph)
     LastingPositions().run(graph)
     return graph
 
 
-def streaming_build(model: PreTrainedModel, folder: Path, cache_format: CacheFormat = FLOAT_CACHE) -> Path:
+def streaming_build(
+    model: PreTrainedModel,
+    folder: Path,
+    cache_format: CacheFormat = FLOAT_CACHE,
+    scheme: AttentionScheme = SCHEME,
+) -> Path:
     """Write the streaming graph of a model; return its path."""
     folder.mkdir(exist_ok=True)
     path = folder / "model.onnx"
-    save_model(streaming_graph(model, cache_format), path, WeightFile(folder / "model.data"))
+    save_model(streaming_graph(model, cache_format, scheme), path, WeightFile(folder / "model.data"))
     return path
