@@ -42,9 +42,9 @@ Advance = Callable[[int, int], None]
 class BlockTask:
     """One block to quantize.
 
-    `float_inputs` and `inputs` are what enters it in the float and in the quantized network, `targets` what
-    leaves it in the float one, each a `Stream`. `edits` hold the quantizers of activations and cache that the
-    exported graph has; `plan` the block's sites.
+    `float_inputs` and `inputs` are what enters it in the float and in the quantized network, `targets`
+    and `outputs` what leaves it there, each a `Stream`. `edits` hold the quantizers of activations and cache
+    that the exported graph has; `plan` the block's sites.
     """
 
     block: TorchBlock
@@ -52,6 +52,7 @@ class BlockTask:
     float_inputs: Stream
     inputs: Stream
     targets: Stream
+    outputs: Stream
     plan: Mapping[str, SitePlan]
     edits: Edits
 
@@ -62,7 +63,7 @@ class BlockMethod(Protocol):
     def solve(self, task: BlockTask) -> tuple[dict[str, QuantizedTensor], dict[str, dict[str, float]]]:
         """Return the quantized weights of sites, and of each the relative loss after each step.
 
-        May leave anything in `task.block.weights`; fills `task.targets`.
+        Fills `task.targets` and `task.outputs`; may leave anything in `task.block.weights`.
         """
 
 
@@ -181,38 +182,24 @@ class _Runner:
         if block.index == 0:
             self._embed()
         own = {site.name: self.plan[site.name] for site in block.sites}
-        targets = self._stream("float", block.index + 1)
         task = BlockTask(
             TorchBlock(block),
             self.context,
             self._stream("float", block.index),
             self._stream("quantized", block.index),
-            targets,
+            self._stream("float", block.index + 1),
+            self._stream("quantized", block.index + 1),
             own,
             self.network.edits(block),
         )
         tensors, figures = self.method.solve(task)
-        for site, tensor in tensors.items():
-            task.block.weights[site] = torch.from_numpy(dequantized(tensor))
-        error = self._forward(task, self._stream("quantized", block.index + 1))
+        error = _relative_error(task)
         save_solved(self._weights(block), tensors)
         partial = record.with_suffix(".partial")
         partial.write_text(json.dumps({"error": error, "sites": {s: figures.get(s, {}) for s in tensors}}))
         partial.rename(record)
         task.inputs.remove()
         task.float_inputs.remove()
-
-    def _forward(self, task: BlockTask, outputs: Stream) -> float:
-        """Run the quantized block; return its relative error."""
-        wrong = total = 0.0
-        for windows in outputs.batches():
-            outputs[windows] = task.block(task.inputs[windows], task.context, task.edits)
-            target = task.targets[windows]
-            wrong += float((outputs[windows] - target).square().sum(dtype=torch.float64))
-            total += float(target.square().sum(dtype=torch.float64))
-        outputs.flush()
-        task.targets.flush()
-        return (wrong / total) ** 0.5 if total else 0.0
 
     def _embed(self) -> None:
         streams = [self._stream("float", 0), self._stream("quantized", 0)]
@@ -230,6 +217,24 @@ class _Runner:
 
     def _weights(self, block: BlockGraph) -> Path:
         return self.folder / f"block-{block.index}.npz"
+
+
+def run_quantized(task: BlockTask, tensors: Mapping[str, QuantizedTensor]) -> None:
+    """Fill a task's outputs with what the block computes with quantized weights, activations and cache."""
+    for site, tensor in tensors.items():
+        task.block.weights[site] = torch.from_numpy(dequantized(tensor))
+    for windows in task.outputs.batches():
+        task.outputs[windows] = task.block(task.inputs[windows], task.context, task.edits)
+
+
+def _relative_error(task: BlockTask) -> float:
+    wrong = total = 0.0
+    for output, target in zip(task.outputs, task.targets, strict=True):
+        wrong += float((output - target).square().sum(dtype=torch.float64))
+        total += float(target.square().sum(dtype=torch.float64))
+    task.outputs.flush()
+    task.targets.flush()
+    return (wrong / total) ** 0.5 if total else 0.0
 
 
 def _digest(network: Network, method: BlockMethod, windows: Array) -> str:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rotexport.blocks.calibration import BlockTask
+from rotexport.blocks.calibration import BlockTask, run_quantized
+from rotexport.blocks.stream import Stream
 from rotexport.blocks.torch_block import NO_EDITS, Edit, Edits
 from rotexport.graph.weights import Array
 from rotexport.quant.formats import weight_format
@@ -71,7 +72,11 @@ class GptqMethod:
             for site in group:
                 if site in solved:
                     block.weights[site] = torch.from_numpy(dequantized(solved[site]))
-        self._finish(task, exact, original)
+        self._finish(task.targets, task, exact, _with_weights(original))
+        if self.settings.feedback:
+            self._finish(task.outputs, task, inexact, task.edits)
+        else:
+            run_quantized(task, solved)
         return solved, figures
 
     def _advance(
@@ -126,13 +131,13 @@ class GptqMethod:
         aim: Array = weight + torch.cholesky_solve(gap, factor).numpy().astype(np.float32)
         return aim
 
-    def _finish(self, task: BlockTask, exact: list[dict[str, Tensor]], original: dict[str, Tensor]) -> None:
-        """Fill the targets: the float network's output."""
-        block = task.block
-        restored = _with_weights(original)
-        for windows, values in zip(task.targets.batches(), exact, strict=True):
-            block.advance(values, block.block.output, restored)
-            task.targets[windows] = values.pop(block.block.output)
+    def _finish(
+        self, outputs: Stream, task: BlockTask, values: list[dict[str, Tensor]], edits: Edits
+    ) -> None:
+        """Bring a network to the block's end and fill its outputs."""
+        for windows, reached in zip(outputs.batches(), values, strict=True):
+            task.block.advance(reached, task.block.block.output, edits)
+            outputs[windows] = reached.pop(task.block.block.output)
 
 
 def _with_weights(weights: dict[str, Tensor]) -> Edits:
