@@ -28,6 +28,7 @@ from rotexport.passes.rotate_heads import RotateHeads
 from rotexport.passes.rotate_inputs import MixHeads, RotateDownInputs
 from rotexport.passes.rotate_residual import RotateResidual
 from rotexport.passes.share_weights import ShareWeights
+from rotexport.passes.smooth_inputs import SmoothDownInputs
 from rotexport.quant.plan import SitePlan
 from rotexport.quant.scheme import ActivationScheme, CacheScheme, WeightScheme
 from rotexport.recipe import Rotation
@@ -41,6 +42,7 @@ PASSES: dict[str, Pass] = {
     for rewrite in (
         CenterLayerNorms(),
         FoldNorms(),
+        SmoothDownInputs({"down": np.array([1.0, 1.0, 4.0, 1.0])}),
         RotateResidual(HADAMARD),
         RotateHeads(HADAMARD, "r2"),
         RotateHeads(HADAMARD, "r3"),
