@@ -33,6 +33,7 @@ struct CRequest {
   const CTensor* inputs;
   int32_t input_count;
   const CTensor* largest;  // only shapes; nullptr: as the inputs
+  int32_t aliases;
 };
 
 nvinfer1::Dims dims_of(const CTensor& tensor) {
@@ -44,6 +45,7 @@ nvinfer1::Dims dims_of(const CTensor& tensor) {
 host::Request request_of(const CRequest& c) {
   host::Request request;
   request.plugin = c.plugin;
+  request.aliases = c.aliases != 0;
   for (int32_t i = 0; i < c.field_count; ++i) {
     const CField& field = c.fields[i];
     const auto* bytes = static_cast<const char*>(field.data);

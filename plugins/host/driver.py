@@ -25,6 +25,7 @@ FIELD_TYPES = {
     np.dtype(np.float64): 2,
 }
 _TEXT = 65536
+_MOST_OUTPUTS = 16
 
 
 class HostError(Exception):
@@ -59,17 +60,22 @@ class _Request(ctypes.Structure):
         ("inputs", ctypes.POINTER(_Tensor)),
         ("input_count", ctypes.c_int32),
         ("largest", ctypes.POINTER(_Tensor)),
+        ("aliases", ctypes.c_int32),
     )
 
 
 @dataclass(frozen=True)
 class Request:
-    """A plugin's name, creation fields and inputs; `largest` holds the inputs' largest shapes."""
+    """A plugin's name, creation fields and inputs; `largest` holds the inputs' largest shapes.
+
+    With `aliases` outputs are bound to the inputs that the plugin names for them.
+    """
 
     plugin: str
     inputs: list[np.ndarray]
     fields: list[tuple[str, np.ndarray]] = field(default_factory=list)
     largest: list[tuple[int, ...]] | None = None
+    aliases: bool = True
 
 
 def _tensor(array: np.ndarray, shape: tuple[int, ...] | None = None) -> _Tensor:
@@ -109,11 +115,14 @@ class Host:
 
     def live(self, request: Request) -> list[np.ndarray]:
         """Walk a plugin through its whole life and return its outputs."""
-        room = [np.empty(max(array.nbytes for array in request.inputs) + 4096, np.uint8) for _ in range(8)]
-        outputs = (_Tensor * 8)(
+        room = [
+            np.empty(max(array.nbytes for array in request.inputs) + 4096, np.uint8)
+            for _ in range(_MOST_OUTPUTS)
+        ]
+        outputs = (_Tensor * _MOST_OUTPUTS)(
             *(_Tensor(0, 0, (ctypes.c_int64 * 8)(), r.ctypes.data, r.nbytes) for r in room)
         )
-        count = ctypes.c_int32(8)
+        count = ctypes.c_int32(_MOST_OUTPUTS)
         with_pointers = self._pack(request)
         self._call("host_live", self._library, ctypes.byref(with_pointers), outputs, ctypes.byref(count))
         dtypes = {code: dtype for dtype, code in DATA_TYPES.items()}
@@ -135,6 +144,7 @@ class Host:
             len(fields),
             (_Tensor * len(inputs))(*inputs),
             len(inputs),
+            aliases=request.aliases,
         )
         if request.largest is not None:
             shapes = [

@@ -200,8 +200,21 @@ std::vector<DeviceBuffer> buffers_for(const std::vector<Tensor>& tensors, const 
   return buffers;
 }
 
+// For each output the input whose buffer it shares, or -1.
+std::vector<int32_t> aliases_of(nvinfer1::IPluginV3OneBuildV2& build, const Request& request) {
+  std::vector<int32_t> aliases;
+  for (int32_t i = 0; i < build.getNbOutputs(); ++i) {
+    const int32_t input = build.getAliasedInput(i);
+    if (input >= static_cast<int32_t>(request.inputs.size())) {
+      throw Failure("output " + std::to_string(i) + " is aliased to an input that does not exist");
+    }
+    aliases.push_back(request.aliases ? input : -1);
+  }
+  return aliases;
+}
+
 void enqueue(Library& library, nvinfer1::IPluginV3OneRuntime& runtime, const Request& request,
-             std::vector<Tensor>& outputs, size_t workspace_bytes) {
+             const std::vector<int32_t>& aliases, std::vector<Tensor>& outputs, size_t workspace_bytes) {
   const std::vector<PluginTensorDesc> inputs_described = bind(describe_inputs(request));
   const std::vector<PluginTensorDesc> outputs_described = bind(describe_outputs(outputs));
   std::vector<DeviceBuffer> input_buffers = buffers_for(request.inputs, "input ");
@@ -210,7 +223,10 @@ void enqueue(Library& library, nvinfer1::IPluginV3OneRuntime& runtime, const Req
   std::vector<const void*> input_data;
   std::vector<void*> output_data;
   for (const DeviceBuffer& buffer : input_buffers) input_data.push_back(buffer.data());
-  for (const DeviceBuffer& buffer : output_buffers) output_data.push_back(buffer.data());
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    const DeviceBuffer& bound = aliases[i] < 0 ? output_buffers[i] : input_buffers[aliases[i]];
+    output_data.push_back(bound.data());
+  }
   require(
       library,
       runtime.onShapeChange(inputs_described.data(), static_cast<int32_t>(inputs_described.size()),
@@ -222,7 +238,8 @@ void enqueue(Library& library, nvinfer1::IPluginV3OneRuntime& runtime, const Req
           "enqueue");
   for (size_t i = 0; i < outputs.size(); ++i) {
     outputs[i].data.resize(byte_size(outputs[i].type, outputs[i].dims));
-    output_buffers[i].download(outputs[i].data.data(), outputs[i].data.size());
+    const DeviceBuffer& bound = aliases[i] < 0 ? output_buffers[i] : input_buffers[aliases[i]];
+    bound.download(outputs[i].data.data(), outputs[i].data.size());
   }
 }
 
@@ -331,6 +348,8 @@ std::vector<Tensor> live(Library& library, const Request& request) {
   const size_t workspace =
       build.getWorkspaceSize(inputs_described.data(), input_count, outputs_described.data(), output_count);
 
+  const std::vector<int32_t> aliases = aliases_of(build, request);
+
   PluginPointer cloned(built->clone());
   require(library, cloned != nullptr, "clone");
   const Collection serialized(*runtime_of(*cloned).getFieldsToSerialize());
@@ -341,7 +360,7 @@ std::vector<Tensor> live(Library& library, const Request& request) {
   PluginPointer restored = create(library, request.plugin, serialized, TensorRTPhase::kRUNTIME);
   PluginPointer attached = attach(library, *restored, context);
   restored.reset();  // an attached plugin stands alone
-  enqueue(library, runtime_of(*attached), request, outputs, workspace);
+  enqueue(library, runtime_of(*attached), request, aliases, outputs, workspace);
   return outputs;
 }
 

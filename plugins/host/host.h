@@ -77,6 +77,7 @@ struct Request {
   std::vector<Field> fields;
   std::vector<Tensor> inputs;
   std::vector<nvinfer1::Dims> largest;  // per input; empty: as the inputs
+  bool aliases = true;                  // bind an output to the input that the plugin names for it
 };
 
 // The whole life of a plugin: create, ask for types, shapes and formats, configure, size the workspace,

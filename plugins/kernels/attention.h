@@ -126,6 +126,9 @@ struct Plan {
 // Chooses how to run a problem. The message of a failure names the offending value.
 Status make_plan(const Problem& problem, Plan& plan);
 
+// Bytes of workspace that serve a legal problem and all with fewer tokens or rows.
+size_t largest_workspace(const Problem& problem);
+
 // Bytes of each tensor of a cache, in the order of Cache; 0 for those that the format leaves out.
 void cache_bytes(const Problem& problem, size_t (&bytes)[8]);
 

@@ -137,6 +137,20 @@ Status make_plan(const Problem& problem, Plan& plan) {
   return {};
 }
 
+// Fewer rows are split into more parts, so the largest batch does not always need most: all are tried.
+size_t largest_workspace(const Problem& problem) {
+  Plan plan{};
+  size_t bytes = make_plan(problem, plan) ? plan.workspace_bytes : 0;
+  Problem fewer = problem;
+  fewer.tokens = std::min<int64_t>(problem.tokens, kMostDecodedTokens);
+  for (; fewer.tokens > 0; --fewer.tokens) {
+    for (fewer.batch = 1; fewer.batch <= problem.batch; ++fewer.batch) {
+      if (make_plan(fewer, plan)) bytes = std::max(bytes, plan.workspace_bytes);
+    }
+  }
+  return bytes;
+}
+
 void cache_bytes(const Problem& p, size_t (&bytes)[8]) {
   const auto heads = static_cast<size_t>(p.batch * p.kv_heads);
   const size_t sizes[2] = {static_cast<size_t>(p.head_size), static_cast<size_t>(p.value_size)};

@@ -1,5 +1,6 @@
 // The two symbols by which TensorRT finds the plugins of a library. Nothing here needs libnvinfer.
 
+#include "tensorrt/attention_plugin.h"
 #include "tensorrt/fast_hadamard_plugin.h"
 #include "tensorrt/quantized_linear_plugin.h"
 #include "tensorrt/report.h"
@@ -16,7 +17,10 @@ struct Creators {
   Creator<FastHadamardPlugin<Output::kInt4>> int4;
   std::vector<nvinfer1::IPluginCreatorInterface*> all = {&plain, &int8, &int4};
 
-  Creators() { rotexport::add_linear_creators(all); }
+  Creators() {
+    rotexport::add_linear_creators(all);
+    rotexport::add_attention_creators(all);
+  }
 };
 
 }  // namespace

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 import torch
-from emulated_attention import FORMATS, TYPES, Call, EmulatedAttention, Problem
+from emulated_attention import CACHE, FORMATS, TYPES, Call, EmulatedAttention, Problem
 
 from rotexport.streaming.oracle import pack, quantize, ring_positions, visible
 
@@ -78,7 +78,7 @@ class Case:
             cache[f"window_{kind}_scale"] = np.zeros((*heads, self.window, self.groups(kind), 2), self.type)
             if self.recent:
                 cache[f"recent_{kind}"] = np.zeros((*heads, self.recent, size), self.type)
-        return cache
+        return {name: cache[name] for name in CACHE if name in cache}
 
 
 class Stream:
