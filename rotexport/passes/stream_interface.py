@@ -6,6 +6,7 @@ the positions of a call and of the tokens in a ring follow.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,10 +16,11 @@ import onnx_graphsurgeon as gs
 from rotexport.errors import UnsupportedModelError
 from rotexport.graph.edit import consumers, drop_unused, producer, replace_reads, sort
 from rotexport.graph.positions import TOKENS, Positions
-from rotexport.graph.weights import InMemory
+from rotexport.graph.weights import Array, InMemory
 from rotexport.quant.emit import INT64, Emitter
 
 INT32 = np.dtype(np.int32)
+RING_SLOTS = re.compile(r"positions\.ring_(?P<sinks>\d+)_(?P<window>\d+)\.slot")  # the constants' names
 
 
 class StreamInterface:
@@ -110,7 +112,7 @@ class StreamInterface:
         if (sinks, window) not in self._rings:
             emitter = Emitter(f"positions.ring_{sinks}_{window}")
             shape: list[int | str | None] = ["batch", window]
-            newest_slot = emitter.lazy("slot", InMemory(np.arange(window) + sinks + 1))
+            newest_slot = emitter.lazy("slot", InMemory(ring_slots(sinks, window)))
             size, one, zero = (
                 emitter.number(n, v, INT64) for n, v in (("size", window), ("one", 1), ("zero", 0))
             )
@@ -143,6 +145,11 @@ class StreamInterface:
         ones = emitter.cast("typed", emitter.emit("Add", "whole", [nothing, one], shape, INT64), dtype)
         self._graph.nodes += emitter.nodes
         return ones
+
+
+def ring_slots(sinks: int, window: int) -> Array:
+    """Return how many tokens a stream has when a ring's slots [window] are first written."""
+    return np.arange(window) + sinks + 1
 
 
 def choose_logits(graph: gs.Graph) -> None:

@@ -10,7 +10,7 @@ where level = round((x - minimum) / scale) in 0 ... 2^b - 1. A second, short rin
 tokens in floating point. With an eviction policy slots hold any tokens, in floating point, and beside them
 
     position  int32    1 + position of the token, 0 for an empty slot
-    score     float32  what it drew of attention
+    score     float32  what it drew of attention, all along; or `observed`, what the end of the prompt gave it
 
 This is the layout of the operators' inputs.
 """
@@ -121,7 +121,7 @@ class LayerCache:
             found |= {f"window_{k}": CacheTensor(self.dtype, (*slots, sizes[k])) for k in KINDS}
             if self.eviction.enabled:
                 found["window_position"] = CacheTensor(INT32, slots)
-                found["window_score"] = CacheTensor(FLOAT32, slots)
+                found[f"window_{self.eviction.memory}"] = CacheTensor(FLOAT32, slots)
             return found
         for kind, size in sizes.items():
             if size * bits % 8:

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from rotexport.errors import ValidationError
 from rotexport.evaluate import LanguageModel, next_token_logits, perplexity
 from rotexport.metrics import log_softmax
+from rotexport.passes.stream_interface import RING_SLOTS, ring_slots
 from rotexport.progress import anonymous_bytes
 from rotexport.runtime.session import Session
 
@@ -142,6 +144,10 @@ def without_sinks(path: Path) -> Iterator[Path]:
             for attribute in node.attribute:
                 if attribute.name == "sinks":
                     attribute.i = 0
+    for tensor in model.graph.initializer:
+        ring = RING_SLOTS.match(tensor.name)
+        if ring is not None:
+            tensor.CopyFrom(numpy_helper.from_array(ring_slots(0, int(ring["window"])), tensor.name))
     for value in (*model.graph.input, *model.graph.output):
         if value.name.rpartition(".")[2] in ("sink_key", "sink_value"):
             value.type.tensor_type.shape.dim[2].dim_value = 1  # max(sinks, 1) slots

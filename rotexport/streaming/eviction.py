@@ -73,6 +73,11 @@ class Eviction:
         """Whether scores choose what stays."""
         return self.policy != "none"
 
+    @property
+    def memory(self) -> str:
+        """What is kept beside a token: its running `score`, or what was `observed` at the prompt's end."""
+        return "score" if self.policy == "heavy-hitter" else "observed"
+
     def check(self, window: int) -> None:
         """Raise RecipeError where the policy leaves nothing to choose in `window` slots."""
         if not self.enabled:

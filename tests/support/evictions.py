@@ -66,7 +66,10 @@ class Evictor:
 
     def held(self, row: int) -> list[dict[int, float]]:
         """Return the scores of held tokens by position, for each key head of a row."""
-        heads = zip(self.cache["window_position"][row], self.cache["window_score"][row], strict=True)
+        memory = next(
+            values for values in self.cache.values() if values.dtype == np.float32 and values.ndim == 3
+        )
+        heads = zip(self.cache["window_position"][row], memory[row], strict=True)
         return [{int(p) - 1: float(s) for p, s in zip(*head, strict=True) if p > 0} for head in heads]
 
 
