@@ -12,6 +12,7 @@ import torch
 from gpu_kernels import TYPES
 
 FORMATS = {"W8A8": 0, "W4A8": 1, "W4A4": 2}
+ENDINGS = {"": 0, "residual": 1, "gate": 2}
 SLICE = 32
 OPERANDS = (
     *("x", "x_scale", "x_zero", "weight", "factors", "weight_scale"),
@@ -37,7 +38,8 @@ class Linear:
     """x [rows, inputs] times a weight [outputs, inputs].
 
     `group` None is one scale per output; with `two_level` groups have integer factors, else scales of their
-    own, and with `row_groups` rows of x have a scale per group too.
+    own, and with `row_groups` rows of x have a scale per group too. `ending` adds a residual or applies a
+    gate.
     """
 
     form: str
@@ -47,6 +49,7 @@ class Linear:
     group: int | None = None
     two_level: bool = False
     row_groups: bool = False
+    ending: str = ""
     dtype: torch.dtype = torch.float16
 
     def __str__(self) -> str:
@@ -89,7 +92,14 @@ class Linear:
         group = self.group or self.length
         row_scales = self.groups if self.row_groups else 1
         sizes = (self.rows, self.inputs, self.outputs, group, self.groups, row_scales)
-        return _Problem(FORMATS[self.form], TYPES[self.dtype], 0, *sizes, self.two_level, False)
+        return _Problem(
+            FORMATS[self.form],
+            TYPES[self.dtype],
+            ENDINGS[self.ending],
+            *sizes,
+            self.two_level,
+            False,
+        )
 
     def operands(self, device: torch.device) -> Operands:
         """Return random operands."""
@@ -105,6 +115,7 @@ class Linear:
             torch.randint(1, 16, (self.groups, self.outputs), dtype=torch.int8, device=device),
             torch.rand(scale_rows, self.outputs, device=device) * 0.001 + 0.001,
             torch.randn(self.outputs, device=device),
+            torch.randn(self.rows, self.outputs, device=device).to(self.dtype),
         )
 
 
@@ -120,7 +131,7 @@ def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Operands:
-    """Unpacked codes, scales and bias of a problem."""
+    """Unpacked codes, scales and bias of a problem; `other` is the residual or the gate."""
 
     linear: Linear
     x: torch.Tensor
@@ -129,6 +140,7 @@ class Operands:
     factors: torch.Tensor
     weight_scale: torch.Tensor
     bias: torch.Tensor
+    other: torch.Tensor
 
     def packed(self) -> dict[str, torch.Tensor]:
         """Return the operands as the kernels read them, by name."""
@@ -140,7 +152,20 @@ class Operands:
             "weight_scale": self.weight_scale,
             "bias": self.bias,
         }
-        return made | ({"factors": self.factors} if linear.two_level else {})
+        if linear.two_level:
+            made["factors"] = self.factors
+        return made | ({"other": self.other} if linear.ending else {})
+
+    def reference(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return y in float64, and how far float32 may be off before the last rounding."""
+        terms, other = self.terms(), self.other.double()
+        y, bound = terms.sum(0), (len(terms) + 5) * 2.0**-24 * terms.abs().sum(0)
+        if self.linear.ending == "residual":
+            return y + other, bound + 2.0**-24 * (y + other).abs()
+        if self.linear.ending == "gate":  # the exponential is off by a few units
+            gate = torch.nn.functional.silu(other)
+            return y * gate, bound * gate.abs() + 12 * 2.0**-24 * (y * gate).abs()
+        return y, bound
 
     def terms(self) -> torch.Tensor:
         """Return in float64 what y is the sum of: [terms, rows, outputs]; integer sums are exact in it."""

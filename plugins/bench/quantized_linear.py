@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from fast_hadamard import EPSILON, machine, median_seconds, random_inputs, sanitize
 from gpu_kernels import PLUGINS, Kernels, Transform, build
-from gpu_linear import Linear, LinearKernels, Operands
+from gpu_linear import ENDINGS, Linear, LinearKernels, Operands
 
 TURNING_BYTES = 2**28  # of weights, over all buffers: far past any L2
 COPY_BYTES = 2**30
@@ -64,7 +64,7 @@ class Result:
 
 
 def checked() -> Iterator[Linear]:
-    """Yield every kernel with ragged edges: short last groups, odd rows and columns."""
+    """Yield every kernel with ragged edges (short last groups, odd rows and columns) and every ending."""
     scales = [
         {},
         {"group": 64, "two_level": True},
@@ -76,15 +76,16 @@ def checked() -> Iterator[Linear]:
             continue
         dtype = list(EPSILON)[rows % 3]
         yield Linear(form, rows, 2336, 391 if rows % 2 else 512, **kind, dtype=dtype)
+    for ending, dtype in itertools.product(ENDINGS, EPSILON):  # tiles enough for Hopper's own kernel
+        yield Linear("W8A8", 1030, 2320, 8192, ending=ending, dtype=dtype)
+        yield Linear("W4A8", 9, 2336, 390, ending=ending, dtype=dtype)
 
 
 def check(kernels: LinearKernels, operands: Operands) -> float:
     """Return the largest error as a fraction of the allowed one; above 1, or NaN, is wrong."""
     launch = kernels.prepare(operands)
     launch.run()
-    terms = operands.terms()
-    exact, epsilon = terms.sum(0), EPSILON[operands.linear.dtype]
-    bound = (len(terms) + 5) * 2.0**-24 * terms.abs().sum(0)
+    (exact, bound), epsilon = operands.reference(), EPSILON[operands.linear.dtype]
     allowed = (1 + epsilon) * bound + epsilon * exact.abs() + 2.0**-25
     return float(((launch.y.double() - exact).abs() / allowed).max().item())
 

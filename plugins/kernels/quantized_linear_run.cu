@@ -1,6 +1,7 @@
 // Chooses the unit that runs a plan, and adds up the sums of splits.
 
 #include "kernels/quantized_linear_ending.h"
+#include "kernels/quantized_linear_hopper.h"
 #include "kernels/quantized_linear_launch.h"
 
 namespace quantized_linear {
@@ -67,6 +68,9 @@ unsigned multiprocessors() { return device::multiprocessors(); }
 Status run(const Plan& plan, const Operands& operands, void* opaque_stream) {
   const Geometry& g = plan.geometry;
   if (g.rows == 0) return {};
+#ifdef ROTEXPORT_HOPPER
+  if (hopper_takes(plan)) return run_hopper(plan, operands, opaque_stream);
+#endif
   const auto stream = static_cast<device::Stream>(opaque_stream);
   const KernelOperands views = views_of(operands);
   const Status done =
