@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ def build(directory: Path) -> Path:
 
     """
     major, minor = torch.cuda.get_device_capability()
+    if major == 9 and not (os.environ.get("CUTLASS_ROOT") or (PLUGINS / "build" / "cutlass").is_dir()):
+        print("without CUTLASS's headers (tools/fetch_cutlass_headers.py) many int8 rows run on mma.sync")
     architecture = f"{major}{minor}" + ("a" if major == 9 else "")
     configure = [
         *("cmake", "-G", "Ninja", "-S", str(PLUGINS), "-B", str(directory)),
