@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import signal
 import sys
@@ -17,6 +18,8 @@ from rotexport.progress import Stages, Verbosity
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+M_MMAP_THRESHOLD = -3  # of malloc.h
+LARGE_BUFFER = 2 << 20  # bytes
 WINDOW_LENGTH = 1024  # tokens of a window of `eval`
 WINDOW_OPTIONS = ("windows", "length")
 STREAM_OPTIONS = ("tokens", "bucket", "no_dense", "pytorch")
@@ -25,6 +28,7 @@ STREAM_OPTIONS = ("tokens", "bucket", "no_dense", "pytorch")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status: 0, 1 after an error, 2 for wrong usage, 130 if interrupted."""
     options = parser().parse_args(arguments)
+    _return_large_buffers()
     signal.signal(signal.SIGTERM, _terminate)
     try:
         status: int = options.verb(options)
@@ -332,6 +336,17 @@ def _stages(options: argparse.Namespace) -> Stages:
     if options.quiet:
         return Stages(Verbosity.QUIET)
     return Stages(Verbosity.VERBOSE if options.verbose else Verbosity.NORMAL)
+
+
+def _return_large_buffers() -> None:
+    """Have glibc give every large buffer back when it is freed.
+
+    Its default learns from the sizes it sees to keep them in the heap instead, which adds 10 to 20 % to the
+    peak memory of a build, and more the longer it runs.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE_BUFFER)
 
 
 def _terminate(number: int, frame: object) -> None:
