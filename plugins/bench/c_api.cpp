@@ -3,6 +3,7 @@
 
 #include <cstdio>
 
+#include "kernels/attention.h"
 #include "kernels/fast_hadamard.h"
 #include "kernels/quantized_linear.h"
 
@@ -41,6 +42,25 @@ BENCH_API int quantized_linear_run(const quantized_linear::Problem* problem,
                                    size_t capacity) {
   quantized_linear::Plan plan;
   Status status = make_plan(*problem, quantized_linear::multiprocessors(), plan);
+  if (status) status = run(plan, *operands, stream);
+  if (!status) std::snprintf(message, capacity, "%s", status.message);
+  return status ? 0 : 1;
+}
+
+BENCH_API int attention_workspace(const sink_window_attention::Problem* problem, size_t* workspace_bytes,
+                                  char* message, size_t capacity) {
+  sink_window_attention::Plan plan;
+  const Status planned = make_plan(*problem, plan);
+  if (!planned) std::snprintf(message, capacity, "%s", planned.message);
+  *workspace_bytes = planned ? plan.workspace_bytes : 0;
+  return planned ? 0 : 1;
+}
+
+BENCH_API int attention_run(const sink_window_attention::Problem* problem,
+                            const sink_window_attention::Operands* operands, void* stream, char* message,
+                            size_t capacity) {
+  sink_window_attention::Plan plan;
+  Status status = make_plan(*problem, plan);
   if (status) status = run(plan, *operands, stream);
   if (!status) std::snprintf(message, capacity, "%s", status.message);
   return status ? 0 : 1;

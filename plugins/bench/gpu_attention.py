@@ -1,0 +1,198 @@
+"""Calls sink/window attention on PyTorch tensors, and says in float64 what it must compute."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from rotexport.streaming.oracle import quantize, visible
+
+TYPES = {torch.float16: 0, torch.bfloat16: 1}
+FORMATS = {None: 0, 8: 1, 4: 2, 2: 3}  # by bits of a code
+CACHE = ("sink_key", "sink_value", "window_key", "window_value", "window_key_scale", "window_value_scale")
+CACHE += ("recent_key", "recent_value")
+NEW = ("query", "query_sink", "key", "value")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Sizes and numbers of one operator; `bits` None keeps the window in floating point."""
+
+    head_size: int = 128
+    value_size: int = 128
+    kv_heads: int = 8
+    repeat: int = 4
+    sinks: int = 4
+    window: int = 4092
+    bits: int | None = None
+    recent: int = 0
+    group: int | None = None
+    softcap: float = 0.0
+    decay: float = 0.0
+    dtype: torch.dtype = torch.float16
+
+    @property
+    def query_heads(self) -> int:
+        """Query heads in all."""
+        return self.kv_heads * self.repeat
+
+    @property
+    def scale(self) -> float:
+        """The usual factor of logits."""
+        return self.head_size**-0.5
+
+    @property
+    def form(self) -> str:
+        """How the window is kept, in words."""
+        kept = "float" if self.bits is None else f"int{self.bits}"
+        return f"{kept}, {self.recent} recent" if self.recent else kept
+
+    def groups(self, size: int) -> int:
+        """Return the number of groups of a head of `size` channels."""
+        return size // (self.group or size)
+
+    def slopes(self, device: torch.device) -> torch.Tensor:
+        """Return the decay of each query head, none for the first."""
+        return self.decay * torch.linspace(0, 1, self.query_heads, device=device)
+
+    def cache(self, batch: int, device: torch.device) -> dict[str, torch.Tensor]:
+        """Return an empty cache, in the order of the operator's inputs."""
+        made = {}
+        for kind, size in (("key", self.head_size), ("value", self.value_size)):
+            shapes = {"sink": (max(self.sinks, 1), size), "window": (self.window, size)}
+            if self.bits is not None:
+                shapes["window"] = (self.window, size * self.bits // 8)
+                made[f"window_{kind}_scale"] = (self.window, self.groups(size), 2)
+            if self.recent:
+                shapes["recent"] = (self.recent, size)
+            made |= {f"{part}_{kind}": shape for part, shape in shapes.items()}
+        return {
+            name: torch.zeros(
+                (batch, self.kv_heads, *made[name]),
+                dtype=torch.int8 if self.bits and name in {"window_key", "window_value"} else self.dtype,
+                device=device,
+            )
+            for name in CACHE
+            if name in made
+        }
+
+    def cache_bytes_read(self, batch: int) -> int:
+        """Return the bytes that decoding a token with a full cache must read, scales included."""
+        tensors = self.cache(1, torch.device("meta"))
+        return batch * sum(t.nbytes for t in tensors.values())
+
+    def expected(self, row: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the outputs [Hq, N, Dv] of one row's stream [heads, N, size] by dense algebra in float64."""
+        length = row["key"].shape[1]
+        device = row["key"].device
+        index = torch.arange(length, device=device)
+        distance = index[:, None] - index
+        is_sink = (index < self.sinks).expand(length, length)
+        exact = is_sink | (distance < self.recent)
+        key, value = (row[kind].double().repeat_interleave(self.repeat, 0) for kind in ("key", "value"))
+        stored_key, stored_value = key, value
+        if self.bits is not None:
+            stored_key, stored_value = (
+                quantize(t, self.bits, self.group or t.shape[-1], self.dtype).values() for t in (key, value)
+            )
+        query, query_sink = row["query"].double(), row["query_sink"].double()
+        products = torch.where(exact, query @ key.mT, query @ stored_key.mT)
+        logits = self.scale * torch.where(is_sink, query_sink @ key.mT, products)
+        if self.softcap > 0:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        slopes = self.slopes(device).double()[:, None, None]
+        logits = logits - torch.where(is_sink, 0.0, slopes * distance)
+        seen = visible(length, self.sinks, self.window).to(device)
+        weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+        return (weights * exact) @ value + (weights * ~exact) @ stored_value
+
+    def pairs(self, tokens: int) -> int:
+        """Return how many (query, key) pairs a prompt of `tokens` tokens visits, per query head."""
+        before = min(tokens, self.sinks + self.window)
+        sliding = tokens - before
+        return before * (before + 1) // 2 + sliding * (self.sinks + self.window)
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("format", ctypes.c_int),
+        *((name, ctypes.c_int64) for name in ("batch", "tokens", "query_heads", "kv_heads")),
+        *((name, ctypes.c_int64) for name in ("head_size", "value_size", "sinks", "window", "recent")),
+        *((name, ctypes.c_int64) for name in ("key_groups", "value_groups")),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    )
+
+
+class _Operands(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in (*NEW, "past_length", "new_length", "decay")),
+        ("cache", ctypes.c_void_p * len(CACHE)),
+        ("present", ctypes.c_void_p * len(CACHE)),
+        ("output", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+    )
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call: new tensors [B, heads, S, size], lengths [B], and the cache, which it updates."""
+
+    attention: Attention
+    new: dict[str, torch.Tensor]
+    past_length: torch.Tensor
+    new_length: torch.Tensor
+    cache: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A call bound to its operands: `run` fills `output` and updates the cache."""
+
+    output: torch.Tensor
+    run: Callable[[], None]
+
+
+class AttentionKernels:
+    """The kernels of a built library."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+
+    def prepare(self, call: Call) -> Launch:
+        """Bind the kernels to a call and a new output, which is poisoned."""
+        a = call.attention
+        query, value = call.new["query"], call.new["value"]
+        batch, _, tokens, _ = query.shape
+        problem = _Problem(
+            *(TYPES[a.dtype], FORMATS[a.bits], batch, tokens, a.query_heads, a.kv_heads),
+            *(a.head_size, a.value_size, a.sinks, a.window, a.recent),
+            *(a.groups(a.head_size), a.groups(a.value_size), a.scale, a.softcap),
+        )
+        workspace_bytes = ctypes.c_size_t()
+        self._call("attention_workspace", ctypes.byref(problem), ctypes.byref(workspace_bytes))
+        output = torch.full((*query.shape[:3], value.shape[3]), torch.nan, dtype=a.dtype, device=query.device)
+        workspace = torch.empty(max(workspace_bytes.value, 1), dtype=torch.uint8, device=query.device)
+        plain = call.new | {"past_length": call.past_length, "new_length": call.new_length}
+        plain |= {"decay": a.slopes(query.device), "output": output, "workspace": workspace}
+        return Launch(output, partial(self._launch, problem, plain, call.cache))
+
+    def _launch(
+        self, problem: _Problem, plain: dict[str, torch.Tensor], cache: dict[str, torch.Tensor]
+    ) -> None:
+        operands = _Operands(**{name: tensor.data_ptr() for name, tensor in plain.items()})
+        for i, name in enumerate(CACHE):
+            operands.cache[i] = operands.present[i] = cache[name].data_ptr() if name in cache else None
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        self._call("attention_run", ctypes.byref(problem), ctypes.byref(operands), stream)
+
+    def _call(self, function: str, *arguments: object) -> None:
+        message = ctypes.create_string_buffer(512)
+        if getattr(self._library, function)(*arguments, message, ctypes.c_size_t(512)):
+            raise RuntimeError(message.value.decode())

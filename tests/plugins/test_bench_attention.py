@@ -1,0 +1,143 @@
+"""The GPU script of sink/window attention: its judgement, tried on the CPU with the emulator in the GPU's place."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import attention as bench
+import emulated_attention
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from emulated_attention import EmulatedAttention
+from gpu_attention import Attention, Call, Launch
+
+from rotexport.streaming.oracle import visible
+
+CPU = torch.device("cpu")
+SMALL = Attention(64, 64, kv_heads=1, repeat=2, window=128)
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    if tensor.dtype == torch.bfloat16:
+        return tensor.float().numpy().astype(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+class OnEmulator:
+    """Kernels as the script calls them. `spoil` changes an output after the kernel has run."""
+
+    def __init__(self, emulated: Path, spoil: float = 0.0) -> None:
+        self.kernels = EmulatedAttention(emulated / "librotexport_emulated_kernels.so")
+        self.spoil = spoil
+
+    def prepare(self, call: Call) -> Launch:
+        a = call.attention
+        batch, _, tokens, _ = call.new["query"].shape
+        problem = emulated_attention.Problem(
+            *(
+                emulated_attention.TYPES[to_numpy(call.new["query"]).dtype],
+                emulated_attention.FORMATS[a.bits],
+            ),
+            *(
+                batch,
+                tokens,
+                a.query_heads,
+                a.kv_heads,
+                a.head_size,
+                a.value_size,
+                a.sinks,
+                a.window,
+                a.recent,
+            ),
+            *(a.groups(a.head_size), a.groups(a.value_size), a.scale, a.softcap),
+        )
+        arrays = {name: to_numpy(tensor) for name, tensor in call.new.items()}
+        lengths = (to_numpy(call.past_length), to_numpy(call.new_length), to_numpy(a.slopes(CPU)))
+        cache = {name: to_numpy(tensor) for name, tensor in call.cache.items()}
+        output, updated = self.kernels.run(
+            problem, emulated_attention.Call(*arrays.values(), *lengths, cache)
+        )
+        for name, content in updated.items():
+            call.cache[name] = torch.from_numpy(content.astype(np.float32)).to(call.cache[name].dtype)
+        output[0, -1, 0, 0] += np.asarray(self.spoil, output.dtype)
+        return Launch(torch.from_numpy(output.astype(np.float32)), lambda: None)
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        SMALL,
+        replace(SMALL, bits=8, dtype=torch.bfloat16),
+        replace(SMALL, bits=4, recent=32, softcap=5.0, decay=0.02, group=16),
+    ],
+    ids=lambda attention: attention.form,
+)
+def test_check_accepts_what_is_right(emulated: Path, attention: Attention) -> None:
+    torch.manual_seed(0)
+    assert bench.check(OnEmulator(emulated), attention, CPU) <= 1
+
+
+@pytest.mark.parametrize("spoil", [0.05, float("nan")])
+def test_check_rejects_what_is_wrong(emulated: Path, spoil: float) -> None:
+    assert not bench.check(OnEmulator(emulated, spoil), SMALL, CPU) <= 1
+
+
+@pytest.mark.parametrize(("sinks", "window", "tokens"), [(4, 10, 9), (4, 10, 14), (4, 10, 40), (0, 1, 5)])
+def test_visited_pairs_are_those_of_the_mask(sinks: int, window: int, tokens: int) -> None:
+    counted = int(visible(tokens, sinks, window).sum())
+    assert Attention(sinks=sinks, window=window).pairs(tokens) == counted
+
+
+def test_bytes_that_decoding_must_read() -> None:
+    """Codes of keys and values, a scale and a minimum each, and four sinks."""
+    expected = 64 * 8 * (4092 * (2 * 64 + 2 * 4) + 4 * 2 * 256)
+    assert replace(Attention(), bits=4).cache_bytes_read(64) == expected
+
+
+def results(**changed: float) -> list[bench.Result]:
+    seconds = {"short": 1.0, "long": 4.2, "float": 1.0, "int8": 1.0, "int4": 1.0, "one": 1.0} | changed
+    prompts = Attention(window=4096)
+    causal = bench.SHORT * (bench.SHORT + 1) / 2
+    flash = 0.86 * causal / prompts.pairs(bench.SHORT)  # so the kernel's rate is 0.86 of the flash backend's
+    made = [
+        bench.Result(
+            f"prefill {tokens}, head 128",
+            "float",
+            prompts.pairs(tokens),
+            {"kernel": seconds[name], "flash": flash},
+        )
+        for name, tokens in (("short", bench.SHORT), ("long", bench.LONG))
+    ]
+    copied = {"float": 0.81, "int8": 0.71, "int4": 0.61}
+    made += [
+        bench.Result(
+            "decode 64, head 128",
+            form,
+            int(share * 2 * bench.COPY_BYTES),
+            {"kernel": seconds[form], "copy": 1.0},
+        )
+        for form, share in copied.items()
+    ]
+    return [*made, bench.Result("decode 1, head 128", "float", 1, {"kernel": seconds["one"], "sdpa": 0.7})]
+
+
+def test_shortfalls_name_what_is_slow() -> None:
+    assert not list(bench.shortfalls(results()))
+    slow = list(bench.shortfalls(results(short=1.1, int8=1.1, one=1.2)))
+    assert slow == [
+        "prefill 32768, head 128: 0.78 of the flash backend's rate, must be 0.85",
+        "decode 64, head 128, int8: 0.65 of the copy, must be 0.70",
+        "decode 1, head 128: 1.71 times as long as SDPA, must be 1.5",
+    ]
+    assert list(bench.shortfalls(results(long=5.0))) == [
+        "131072 tokens take 5.00 times as long as 32768, must be 4.2 within 10 %"
+    ]
+
+
+def test_the_table_has_a_line_per_result() -> None:
+    lines = bench.table(results()).splitlines()
+    assert len(lines) == 2 + len(results())
+    assert lines[2] == "| prefill 32768, head 128 | float | 1000000.0 |  | 3.67 |  |  |  |"
