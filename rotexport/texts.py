@@ -119,6 +119,8 @@ class Samples:
     ) -> Samples:
         """Cut them from Python's own prose, with `count` calibration windows from a text file if given.
 
+        Those are spread evenly over the file: neighbours speak of the same things.
+
         A model without a tokenizer gets random tokens.
 
         Raises:
@@ -135,7 +137,8 @@ class Samples:
         windows = token_windows(tokenizer, default_text(), length)[: proof + count]
         seen, source = windows[proof:], PROSE
         if calibration is not None:
-            seen = token_windows(tokenizer, read_text(calibration), length)[:count]
+            seen = token_windows(tokenizer, read_text(calibration), length)
+            seen = seen[np.linspace(0, len(seen) - 1, min(count, len(seen))).astype(int)]
             source = f"{PROSE}; calibrated on {calibration.name}"
         return cls(windows[0], windows[1:proof], seen, source)
 
