@@ -1,5 +1,8 @@
 """Calibration text and the windows cut from it."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -75,3 +78,21 @@ def test_a_bounded_cache_is_proved_on_what_it_holds():
     assert samples.within(20).tokens.size == 10
     with pytest.raises(RotexportError, match="cache of 1 tokens"):
         samples.within(1)
+
+
+def test_calibration_is_spread_over_its_file(tmp_path: Path) -> None:
+    checkpoint = _Numbers()
+    file = tmp_path / "counting.txt"
+    file.write_text(" ".join(str(number) for number in range(5120)))
+    samples = Samples.of(checkpoint, file, count=4)
+    assert samples.calibration[:, 0].tolist() == [0, 3 * 512, 6 * 512, 9 * 512]
+    assert Samples.of(checkpoint, file, count=99).calibration.shape == (10, 512)
+
+
+class _Numbers:
+    """A checkpoint whose tokenizer reads numbers; every other word is token 0."""
+
+    config = SimpleNamespace(max_position_embeddings=4096, vocab_size=6000)
+
+    def tokenizer(self):
+        return lambda text, verbose: {"input_ids": [int(w) if w.isdigit() else 0 for w in text.split()]}
