@@ -239,7 +239,8 @@ def _relative_error(task: BlockTask) -> float:
 
 def _digest(network: Network, method: BlockMethod, windows: Array) -> str:
     """Tell runs apart by their graph, plan, method and text; weights by what they are computed from."""
-    described = repr((list(network.plan), network.recipe, method)).encode()
+    recipe = network.recipe
+    described = repr((list(network.plan), recipe.kv_cache, recipe.attention, method)).encode()
     digest = hashlib.sha256(described + np.ascontiguousarray(windows).tobytes())
     for node in network.graph.nodes:
         digest.update(f"{node.op}{sorted(node.attrs)}{[tensor.name for tensor in node.inputs]}".encode())
