@@ -53,11 +53,15 @@ class PlaceLinears(Pass):
         """Rewrite every planned MatMul.
 
         Raises:
-            GraphError: a planned MatMul is missing, or its weight has not been quantized.
+            GraphError: a planned MatMul is missing, its input has no known shape, or its weight has not been
+                quantized.
 
         """
         nodes = planned_nodes(graph, self._plan)
         weights = {site.site: _quantization(site, nodes[site.site]) for site in self._plan}
+        for site in self._plan:
+            if nodes[site.site].inputs[0].shape is None:
+                raise GraphError(f"site {site.site}: '{nodes[site.site].inputs[0].name}' has no known shape")
         place = {id(node): index for index, node in enumerate(graph.nodes)}
         inputs = _Inputs([(site, nodes[site.site].inputs[0]) for site in self._plan])
         before: dict[int, list[gs.Node]] = {}
@@ -77,7 +81,8 @@ class PlaceLinears(Pass):
         insert(graph, before, {})
         drop_unused(graph)
         notes = [f"{count} products are {name}" for name, count in sorted(placed.items())]
-        notes += [f"{site.site} stays as TensorRT runs it: {linear_operator(site)}" for site in self._left]
+        left = Counter(str(linear_operator(site)) for site in self._left)
+        notes += [f"{count} stay standard nodes: {reason}" for reason, count in left.items()]
         return PassReport(len(self._plan), notes)
 
 

@@ -201,7 +201,7 @@ def test_sites_without_a_kernel_are_left_alone_and_named() -> None:
     graph = one_linear()
     report = place(graph, plan)
     assert "MatMul" in ops(graph) and report.changed == 0
-    assert report.notes == ["y stays as TensorRT runs it: groups of 16 are no multiple of 32"]
+    assert report.notes == ["1 stay standard nodes: groups of 16 are no multiple of 32"]
 
 
 def test_a_short_row_is_padded_to_whole_slices() -> None:
@@ -213,6 +213,14 @@ def test_a_short_row_is_padded_to_whole_slices() -> None:
 def test_weights_must_be_quantized_first() -> None:
     with pytest.raises(GraphError, match="site y: its weights must be quantized before"):
         PlaceLinears(with_operators([site("y", INT8, TOKENS)])).run(one_linear())
+
+
+def test_an_input_without_a_shape_is_refused() -> None:
+    plan, graph = [site("y", INT8, TOKENS)], one_linear()
+    QuantizeWeights(plan).run(graph)
+    graph.inputs[0].shape = None
+    with pytest.raises(GraphError, match="site y: 'x' has no known shape"):
+        PlaceLinears(with_operators(plan)).run(graph)
 
 
 @pytest.mark.parametrize(
