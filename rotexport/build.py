@@ -10,7 +10,6 @@ import onnx_graphsurgeon as gs
 from transformers import PreTrainedModel
 
 from rotexport.blocks.calibration import Network, solve_blocks
-from rotexport.blocks.gptq_blocks import GptqMethod
 from rotexport.blocks.sensitivity import sensitivities, widen
 from rotexport.checkpoint import Checkpoint, open_checkpoint
 from rotexport.doctor import require
@@ -21,6 +20,7 @@ from rotexport.graph.io import Scratch, WeightFile, save_model
 from rotexport.graph.sites import linears
 from rotexport.graph.twin import runnable
 from rotexport.graph.weights import Array
+from rotexport.learning.network import block_method, check_learnable, distill_network
 from rotexport.observe import observe_inputs, observe_keys, observe_power, outliers
 from rotexport.output import MODEL, OutputDirectory
 from rotexport.passes.smooth_inputs import SmoothDownInputs
@@ -135,6 +135,8 @@ def prepare(
     with stages("export"):
         graph = export(checkpoint)
         plan = plan_sites(graph, recipe)
+        if recipe.reconstruct.enabled or recipe.distill.enabled:
+            check_learnable(plan)
         if options.plugins is not None:  # without kernels of ours TensorRT runs its own products
             plan = with_operators(plan)
         check_attention(graph, recipe)
@@ -232,11 +234,18 @@ def _calibrate(
             found.notes += notes
 
     solved: dict[str, WeightQuantizer] = {}
-    if any(site.weights.enabled and site.weights.method == "gptq" for site in found.plan):
+    network = Network(graph, found.plan, statistics, recipe)
+    if recipe.reconstruct.enabled or any(
+        site.weights.enabled and site.weights.method == "gptq" for site in found.plan
+    ):
         with stages("blocks") as stage:
-            network = Network(graph, found.plan, statistics, recipe)
-            method = GptqMethod(recipe.gptq)
+            method = block_method(recipe)
             solved, found.blocks = solve_blocks(network, method, windows, kept, stage.advance)
+    if recipe.distill.enabled:
+        with stages("distill") as stage:
+            distilled = distill_network(network, solved, windows, kept, stage.advance)
+            found.plan, solved = distilled.plan, distilled.solved
+            found.notes.append(distilled.note)
     return Calibrated(statistics, key_means, solved)
 
 

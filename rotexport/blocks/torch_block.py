@@ -36,14 +36,15 @@ NO_EDITS: Final = Edits()
 class TorchBlock:
     """A block with its weights in memory, as float32.
 
-    `weights[site]` is [K, N] and may be replaced; `input_of[site]` names the tensor that the site reads;
-    `groups` are the sites that share an input, in order of evaluation.
+    `weights[site]` is [K, N] and may be replaced; `constants` are all, by name; `input_of[site]` names the
+    tensor that the site reads; `groups` are the sites that share an input, in order of evaluation.
     """
 
     def __init__(self, block: BlockGraph) -> None:
         self.block = block
         self._evaluator = Evaluator(block.nodes)
         self._site_of = {id(site.node): site.name for site in block.sites}
+        self.constants = self._evaluator.constants
         self.input_of = {site.name: site.input.name for site in block.sites}
         self.weights = {site.name: self._evaluator.constants[site.weight.name] for site in block.sites}
         shared: dict[str, list[str]] = {}

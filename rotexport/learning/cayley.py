@@ -14,7 +14,7 @@ The linear system is solved rather than iterated: exact for any step, and cheap 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 SMALLEST_NORM = 1e-8
 
 
-class CayleySGD(torch.optim.Optimizer):
+class CayleySGD(torch.optim.Optimizer):  # type: ignore[misc]  # torch is Any here
     """SGD with momentum over orthogonal matrices [n, n], or stacks of them [..., n, n].
 
     Points are kept in float64, whatever the type of the parameters, so that rounding does not add up.
@@ -32,13 +32,13 @@ class CayleySGD(torch.optim.Optimizer):
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         """Move every parameter that has a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._move(parameter, group["lr"], group["momentum"])
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._move(parameter, group["lr"], group["momentum"])
 
     def _move(self, parameter: nn.Parameter, lr: float, momentum: float) -> None:
         state: dict[str, Any] = self.state[parameter]

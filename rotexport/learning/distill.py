@@ -52,8 +52,8 @@ class Teacher:
         return self.split.logits(x)
 
     def _kept_bytes(self, x: Tensor) -> int:
-        channels = sum(sum(weight.shape) for block in self.blocks for weight in block.weights.values())
-        return x.shape[0] * x.shape[1] * channels * BYTES_PER_CHANNEL
+        channels: int = sum(sum(weight.shape) for block in self.blocks for weight in block.weights.values())
+        return int(x.shape[0] * x.shape[1]) * channels * BYTES_PER_CHANNEL
 
 
 def distill(

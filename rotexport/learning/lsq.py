@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 
-class _RoundClip(torch.autograd.Function):
+class _RoundClip(torch.autograd.Function):  # type: ignore[misc]  # torch is Any here
     @staticmethod
     def forward(ctx: Any, steps: Tensor, lowest: float, highest: float) -> Tensor:
         ctx.save_for_backward((steps >= lowest) & (steps <= highest))
@@ -32,7 +32,7 @@ class _RoundClip(torch.autograd.Function):
         return gradient * inside, None, None
 
 
-class _ScaledGradient(torch.autograd.Function):
+class _ScaledGradient(torch.autograd.Function):  # type: ignore[misc]  # torch is Any here
     @staticmethod
     def forward(ctx: Any, values: Tensor, factor: float) -> Tensor:
         ctx.factor = factor
@@ -43,7 +43,7 @@ class _ScaledGradient(torch.autograd.Function):
         return gradient * ctx.factor, None
 
 
-class _Narrowed(torch.autograd.Function):
+class _Narrowed(torch.autograd.Function):  # type: ignore[misc]  # torch is Any here
     @staticmethod
     def forward(ctx: Any, values: Tensor, dtype: torch.dtype) -> Tensor:
         return values.to(dtype).to(values.dtype)

@@ -1,4 +1,4 @@
-"""Distilling a whole network, from the weights that were chosen block by block to files of better ones."""
+"""Learning the weights of a network: block by block, then all together."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from pathlib import Path
 
 import torch
 
-from rotexport.blocks.calibration import Network
+from rotexport.blocks.calibration import BlockMethod, Network
+from rotexport.blocks.gptq_blocks import GptqMethod
 from rotexport.blocks.split import split_blocks
 from rotexport.blocks.torch_block import TorchBlock
+from rotexport.errors import RecipeError
 from rotexport.graph.weights import Array
 from rotexport.learning.distill import Teacher, distill
+from rotexport.learning.reconstruct import ReconstructMethod
 from rotexport.learning.student import Student, StudentSettings, make_student
 from rotexport.learning.training import Advance
 from rotexport.passes.quantize_weights import quantizer_of
@@ -20,6 +23,7 @@ from rotexport.quant.formats import weight_format
 from rotexport.quant.plan import SitePlan
 from rotexport.quant.scales import WeightQuantizer
 from rotexport.quant.solved import SolvedWeight, save_solved
+from rotexport.recipe import Recipe
 
 SCALE_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SAVES = 10  # of what was learned so far, in one run
@@ -32,6 +36,44 @@ class Distilled:
     plan: list[SitePlan]
     solved: dict[str, WeightQuantizer]
     losses: list[float]
+
+    @property
+    def note(self) -> str:
+        """What a reader of the report should know."""
+        ends = max(1, len(self.losses) // 10)
+        first, last = (sum(part) / ends for part in (self.losses[:ends], self.losses[-ends:]))
+        return f"distilled for {len(self.losses)} steps: {first:.4g} to {last:.4g} nats per token (KL)"
+
+
+def check_learnable(plan: Sequence[SitePlan]) -> None:
+    """Check that all quantized weights can be learned, before any is read.
+
+    Raises:
+        RecipeError: no weight is quantized, activations are static, or a format is not an integer's.
+
+    """
+    if not any(site.weights.enabled for site in plan):
+        raise RecipeError("reconstruct and distill train quantized weights; set weights.format")
+    for site in plan:
+        other = {site.weights.format, site.activations.format} - {"none", "int8", "int4"}
+        if other:
+            raise RecipeError(
+                f"site {site.site}: reconstruct and distill train int8 and int4, not {', '.join(other)}; "
+                "set their steps to 0"
+            )
+        if site.activations.enabled and site.activations.mode == "static":
+            raise RecipeError(
+                f"site {site.site}: reconstruct and distill train behind dynamic activations only; "
+                "set activations.mode: dynamic, or their steps to 0"
+            )
+
+
+def block_method(recipe: Recipe) -> BlockMethod:
+    """Return how a recipe chooses the weights of a block."""
+    method = GptqMethod(recipe.gptq)
+    if not recipe.reconstruct.enabled:
+        return method
+    return ReconstructMethod(method, recipe.reconstruct, SCALE_TYPES[recipe.dtype])
 
 
 def distill_network(
@@ -49,12 +91,9 @@ def distill_network(
         windows: calibration token ids [W, S].
         folder: where results go; a run that stopped there loses at most a tenth of its steps.
         advance: told (steps done, steps in all).
-
-    Raises:
-        RecipeError: a site has static activations, or a format that is not an integer's.
-
     """
     training = network.recipe.distill
+    folder.mkdir(parents=True, exist_ok=True)
     split = split_blocks(network.graph)
     teacher = Teacher(split, [TorchBlock(block) for block in split.blocks], split.context(windows.shape[1]))
     kinds = StudentSettings(SCALE_TYPES[network.recipe.dtype], training.clip_rate > 0)

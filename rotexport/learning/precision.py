@@ -14,7 +14,8 @@ def fast_products() -> AbstractContextManager[object]:
     would be slower, so products stay in float32.
     """
     native = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and _multiplies_bfloat16()
-    return torch.autocast("cpu", torch.bfloat16, enabled=native)
+    context: AbstractContextManager[object] = torch.autocast("cpu", torch.bfloat16, enabled=native)
+    return context
 
 
 def _multiplies_bfloat16() -> bool:

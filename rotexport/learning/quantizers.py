@@ -33,7 +33,7 @@ class WeightGrid:
     scale_type: torch.dtype = torch.float32
 
 
-class LearnedWeight(nn.Module):
+class LearnedWeight(nn.Module):  # type: ignore[misc]  # torch is Any here
     """A quantized weight [K, N] whose numbers, scales and (two-level) factors have gradients.
 
     The trained number of an element is counted in units of its group's first scale, so that one learning
@@ -91,19 +91,19 @@ class LearnedWeight(nn.Module):
         steps = self.numbers * (self.first_scale / scale)
         return round_clip(steps, self.grid.format.lowest, self.grid.format.highest)
 
-    @torch.no_grad()
     def project(self) -> None:
         """Bring numbers that left the range back to its ends: outside, no gradient would ever reach them."""
-        scale, factor = self.scales()
-        ratio = (scale if factor is None else scale * factor) / self.first_scale
-        lowest, highest = self.grid.format.lowest * ratio, self.grid.format.highest * ratio
-        torch.clamp(self.numbers, lowest, highest, out=self.numbers)
+        with torch.no_grad():
+            scale, factor = self.scales()
+            ratio = (scale if factor is None else scale * factor) / self.first_scale
+            lowest, highest = self.grid.format.lowest * ratio, self.grid.format.highest * ratio
+            torch.clamp(self.numbers, lowest, highest, out=self.numbers)
 
-    @torch.no_grad()
     def export(self) -> QuantizedTensor:
         """Return the codes, scales and factors of the last forward pass."""
-        scale, factor = self.scales()
-        codes = self._codes(scale if factor is None else scale * factor)
+        with torch.no_grad():
+            scale, factor = self.scales()
+            codes = self._codes(scale if factor is None else scale * factor)
         storage = np.dtype(np.int8) if self.grid.format.storage == INT4 else self.grid.format.storage
         outputs = codes.shape[-1]
         return QuantizedTensor(
@@ -113,7 +113,7 @@ class LearnedWeight(nn.Module):
         )
 
 
-class ActivationQuantizer(nn.Module):
+class ActivationQuantizer(nn.Module):  # type: ignore[misc]  # torch is Any here
     """Quantizes activations [..., K] per token, or per token and group; a learned clip has a gradient."""
 
     def __init__(self, scheme: ActivationScheme, group: int, learn_clip: bool) -> None:
@@ -139,7 +139,7 @@ class ActivationQuantizer(nn.Module):
         return (codes * scale).reshape(x.shape)
 
 
-class StraightThrough(nn.Module):
+class StraightThrough(nn.Module):  # type: ignore[misc]  # torch is Any here
     """A quantizer without anything to learn: its gradient is the identity's."""
 
     def __init__(self, quantizer: Callable[[Tensor], Tensor]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rotexport.blocks.calibration import BlockMethod, BlockTask
+from rotexport.blocks.calibration import BlockMethod, BlockTask, run_quantized
 from rotexport.learning.precision import fast_products
 from rotexport.learning.student import Student, StudentSettings, make_student
 from rotexport.learning.training import BETAS, Training
@@ -24,7 +24,7 @@ from rotexport.quant.scales import QuantizedTensor
 
 @dataclass(frozen=True)
 class ReconstructMethod:
-    """A `BlockMethod`: trains the codes and scales that another one starts from.
+    """A `BlockMethod`: trains what another one starts from, and keeps that where training made it worse.
 
     `scale_type` keeps the scales of weights behind float activations.
     """
@@ -40,11 +40,14 @@ class ReconstructMethod:
         task.block.weights.update(original)
         kinds = StudentSettings(self.scale_type, learn_clips=False)
         student = make_student(task.block, task.plan, task.edits.attention, starts, kinds)
+        before = mean_error(student, task)
         with torch.enable_grad():
-            losses = reconstruct(student, task, self.training)
-        ends = max(1, len(losses) // 10)
-        learned = {"first": sum(losses[:ends]) / ends, "last": sum(losses[-ends:]) / ends}
-        return student.tensors(), {site: {**figures.get(site, {}), **learned} for site in starts}
+            reconstruct(student, task, self.training)
+        after = mean_error(student, task)
+        errors = {"block before learning": before, "block learned": after}
+        tensors = student.tensors() if after < before else starts
+        run_quantized(task, tensors)
+        return tensors, {site: {**figures.get(site, {}), **errors} for site in starts}
 
 
 def reconstruct(student: Student, task: BlockTask, training: Training) -> list[float]:
@@ -62,6 +65,16 @@ def reconstruct(student: Student, task: BlockTask, training: Training) -> list[f
         schedule.step()
         losses.append(loss.item())
     return losses
+
+
+def mean_error(student: Student, task: BlockTask) -> float:
+    """Return the block's error over all windows."""
+    total = 0.0
+    with torch.no_grad():
+        for windows in task.inputs.batches():
+            inputs = task.inputs[windows]
+            total += len(inputs) * float(block_error(student, inputs, task.targets[windows], task.context))
+    return total / task.inputs.shape[0]
 
 
 def block_error(student: Student, inputs: Tensor, targets: Tensor, context: Mapping[str, Tensor]) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from rotexport.blocks.torch_block import Edit, Edits, TorchBlock
-from rotexport.errors import RecipeError
 from rotexport.learning.quantizers import ActivationQuantizer, LearnedWeight, StraightThrough, WeightGrid
 from rotexport.learning.training import Training
 from rotexport.quant.formats import weight_format
@@ -66,7 +65,8 @@ class Student:
         quantizer = self.inputs.get(site.site)
         if quantizer is None:
             return site
-        clip = float(quantizer.clip)
+        clip = quantizer.clip
+        clip = clip if isinstance(clip, float) else clip.item()
         return replace(site, activations=replace(site.activations, clip=clip))
 
 
@@ -88,16 +88,11 @@ def make_student(
     """Put quantizers into a block; `attention` are the cache's.
 
     `plan` and `starts`, the codes that weights begin with, are by site.
-
-    Raises:
-        RecipeError: a site has static activations, or a format that is not an integer's.
-
     """
     weights, inputs = {}, {}
     shared: dict[tuple[str, ActivationScheme, int], ActivationQuantizer] = {}
     for name, matrix in block.weights.items():
         site = plan[name]
-        check_learnable(site)
         if site.weights.enabled:
             kept = torch.float32 if site.activations.enabled else settings.scale_type
             grid = WeightGrid(weight_format(site.weights.format), site.weight_group, kept)
@@ -110,16 +105,3 @@ def make_student(
             inputs[name] = shared[key]
     caches = {name: StraightThrough(quantizer) for name, quantizer in attention.items()}
     return Student(block, weights, inputs, caches)
-
-
-def check_learnable(site: SitePlan) -> None:
-    """Raise RecipeError where a site's weight cannot be learned."""
-    formats = {site.weights.format, site.activations.format} - {"none"}
-    if not formats <= {"int8", "int4"}:
-        named = ", ".join(sorted(formats - {"int8", "int4"}))
-        raise RecipeError(f"site {site.site}: weights are learned in int8 and int4, not in {named}")
-    if site.activations.enabled and site.activations.mode == "static":
-        raise RecipeError(
-            f"site {site.site}: weights are learned behind dynamic activations only; "
-            "set activations.mode: dynamic, or reconstruct.steps and distill.steps to 0"
-        )

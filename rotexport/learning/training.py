@@ -52,18 +52,27 @@ class Training:
     def rate(self, step: int) -> float:
         """Return the factor of the learning rates at a step: a linear warm-up, then a cosine."""
         warm = max(1, round(WARM_UP * self.steps))
-        cosine = (1 + math.cos(math.pi * min(step / max(1, self.steps), 1))) / 2
-        return min(1.0, (step + 1) / warm) * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
+        return min(1.0, (step + 1) / warm) * (FINAL_RATE + (1 - FINAL_RATE) * cosine(step, self.steps))
 
     def batches(self, count: int) -> Iterator[list[int]]:
-        """Yield the numbers of each step's windows; all are seen before any is seen again."""
-        generator = torch.Generator().manual_seed(self.seed)
-        waiting: list[int] = []
-        for _ in range(self.steps):
-            while len(waiting) < self.batch:
-                waiting += torch.randperm(count, generator=generator).tolist()
-            yield waiting[: self.batch]
-            del waiting[: self.batch]
+        """Return the numbers of each step's windows; all are seen before any is seen again."""
+        return draw(count, self.steps, self.batch, self.seed)
+
+
+def draw(count: int, times: int, size: int, seed: int) -> Iterator[list[int]]:
+    """Yield `times` lists of `size` of `count` numbers; all are drawn before any is drawn again."""
+    generator = torch.Generator().manual_seed(seed)
+    waiting: list[int] = []
+    for _ in range(times):
+        while len(waiting) < size:
+            waiting += torch.randperm(count, generator=generator).tolist()
+        yield waiting[:size]
+        del waiting[:size]
+
+
+def cosine(step: int, steps: int) -> float:
+    """Return half a cosine wave: 1 at step 0, 0 at the end."""
+    return (1 + math.cos(math.pi * min(step / max(1, steps), 1))) / 2
 
 
 def _is_count(value: object) -> bool:

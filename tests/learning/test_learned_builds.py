@@ -1,0 +1,55 @@
+"""Builds with learned weights: what runs in ONNX Runtime is what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.tiny import tiny_model
+
+from rotexport.blocks.split import split_blocks
+from rotexport.build import BuildOptions, build
+from rotexport.errors import RecipeError
+from rotexport.learning import network as module
+from rotexport.learning.distill import Teacher
+from rotexport.recipe import from_mapping
+from rotexport.runtime.model import OnnxModel
+
+TOKENS = np.random.default_rng(0).integers(3, 90, (1, 20))
+LEARNED = {
+    "dtype": "fp32",
+    "rotations": {"r1": "random-hadamard", "r4": "hadamard"},
+    "weights": {"format": "int4", "group": 16, "method": "gptq"},
+    "calibration_windows": 4,
+    "distill": {"steps": 12, "weight_rate": 0.03},
+}
+
+
+def test_a_build_runs_the_weights_that_were_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = {}
+
+    def keep(network, students, folder, losses):
+        edits = [student.edits for student in students]
+        teacher = Teacher(split_blocks(network.graph), [s.block for s in students], context_of(network))
+        with torch.no_grad():
+            trained["logits"] = teacher.logits(TOKENS, edits)[0].numpy()
+        return export(network, students, folder, losses)
+
+    def context_of(network):
+        return split_blocks(network.graph).context(TOKENS.shape[1])
+
+    export = module._export
+    monkeypatch.setattr(module, "_export", keep)
+    report = build(tiny_model("llama"), tmp_path / "out", from_mapping(LEARNED), BuildOptions(validate=False))
+    logits = OnnxModel(tmp_path / "out" / "model.onnx").run(TOKENS)["logits"][0]
+    # Float32 sums in another order.
+    np.testing.assert_allclose(logits, trained["logits"], atol=1e-5 * np.abs(logits).max())
+    assert any("distilled for 12 steps" in note for note in report.notes)
+
+
+def test_static_activations_are_refused_before_the_model_is_read(tmp_path: Path) -> None:
+    recipe = from_mapping({**LEARNED, "activations": {"format": "int8", "mode": "static"}})
+    with pytest.raises(RecipeError, match="dynamic activations only"):
+        build(tiny_model("llama"), tmp_path / "out", recipe, BuildOptions(validate=False))
