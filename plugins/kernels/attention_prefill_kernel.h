@@ -24,7 +24,8 @@ struct PrefillTraits {
   static constexpr int kKeys = 64;
   static constexpr int kKeyTiles = kKeys / 8;
   static constexpr int kSteps = kSize / 16;
-  static constexpr int kStride = kSize + 8;  // spreads rows over the banks
+  static constexpr bool kWholeRows = kThreads % (kSize / 8) == 0;  // copied at once by all threads
+  static constexpr int kStride = kSize + 8;                        // spreads rows over the banks
   static constexpr unsigned kQueryBytes = kRows * kStride * 2;
   static constexpr unsigned kTileBytes = kKeys * kStride * 2;
   static constexpr unsigned kSharedBytes = kQueryBytes + 2 * kTileBytes;
@@ -64,14 +65,14 @@ class Prefill {
         operands_(operands),
         query_(0),
         key_(Traits::kQueryBytes),
-        value_(Traits::kQueryBytes + Traits::kTileBytes) {
-    row_ = load_row(operands.past_length, operands.new_length, key_head() / g_.kv_heads, g_.tokens);
-  }
+        value_(Traits::kQueryBytes + Traits::kTileBytes) {}
 
   ROTEXPORT_DEVICE void run() {
     const int first_token = first_row() / g_.repeat;
-    if (first_token < row_.fresh) {
-      attend(first_token);
+    const Row row = lengths();
+    past_ = row.past;
+    if (first_token < row.fresh) {
+      attend(first_token, row);
     } else {
       store([](int, int) { return Chunk{}; });
     }
@@ -101,10 +102,10 @@ class Prefill {
     return tile.first <= range(tile.part).last ? tile : first_tile(tile.part + 1);
   }
 
-  ROTEXPORT_DEVICE void attend(int first_token) {
+  ROTEXPORT_DEVICE void attend(int first_token, const Row& row) {
     const int last_token = (first_row() + Traits::kRows - 1) / g_.repeat;
-    first_query_ = row_.past + first_token;
-    last_query_ = row_.past + (last_token < row_.fresh ? last_token : row_.fresh - 1);
+    first_query_ = row.past + first_token;
+    last_query_ = row.past + (last_token < row.fresh ? last_token : row.fresh - 1);
     prepare();
     Tile tile = first_tile(kSinks);
     load_queries(tile.part);
@@ -134,8 +135,7 @@ class Prefill {
   ROTEXPORT_DEVICE void prepare() {
     sloped_ = false;
     for (int i = lane(); i < Traits::kWarpRows; i += 32) {
-      const RowFacts facts =
-          facts_of(g_, operands_.decay, row_.past, key_head(), first_row() + warp_row() + i);
+      const RowFacts facts = facts_of(g_, operands_.decay, past_, key_head(), first_row() + warp_row() + i);
       query_.store(facts_at(warp_row() + i), facts);
       sloped_ |= facts.slope != 0;
     }
@@ -168,7 +168,7 @@ class Prefill {
 
   ROTEXPORT_DEVICE void load_queries(int part) const {
     const Element* from = part == kSinks ? operands_.query_sink : operands_.query;
-    const int last_row = (last_query_ - row_.past + 1) * g_.repeat - 1;
+    const int last_row = (last_query_ - past_ + 1) * g_.repeat - 1;
     ROTEXPORT_ROLL
     for (int i = 0; i < Traits::kRows * Traits::kSize / 8; i += Traits::kThreads) {
       const int at = i + thread();
@@ -201,22 +201,42 @@ class Prefill {
     const int slots = tile.part == kSinks                     ? g_.sink_slots
                       : tile.part == kFar || !operands_.coded ? g_.window
                                                               : g_.recent;
+    const bool all_fresh = tile.first >= past_;
     const Places places =
-        tile.part == kSinks ? sink_places(row_.past, slots) : ring_places(row_.past, g_.sinks, slots);
+        tile.part == kSinks || all_fresh ? sink_places(past_, slots) : ring_places(past_, g_.sinks, slots);
     const Held<Element>& part = held[tile.part == kSinks ? kSinks : tile.part == kFar ? kFar : kNear];
     const int64_t head = key_head();
     const Range range = this->range(tile.part);
-    const Element* in_slots = part.slots + head * slots * width;
-    const Element* fresh = part.fresh + head * g_.tokens * width;
+    const auto address = [&](int j) {
+      return places.is_fresh(j) ? part.fresh + (head * g_.tokens + places.token(j)) * width
+                                : part.slots + (head * slots + places.slot(j)) * width;
+    };
+    const int last = tile.first + Traits::kKeys - 1;
+    const bool straight =
+        all_fresh || (last < past_ && places.slot(last) - places.slot(tile.first) == Traits::kKeys - 1);
+    if (Traits::kWholeRows && straight && last <= range.last && width == Traits::kSize) {
+      copy_neighbours(to, address(tile.first));
+      return;
+    }
     ROTEXPORT_ROLL
     for (int i = 0; i < Traits::kKeys * Traits::kSize / 8; i += Traits::kThreads) {
       const int at = i + thread();
       const int row = at / (Traits::kSize / 8);
       const int column = at % (Traits::kSize / 8) * 8;
       const int j = tile.first + row < range.last ? tile.first + row : range.last;
-      const Element* from = places.is_fresh(j) ? fresh + static_cast<int64_t>(places.token(j)) * width
-                                               : in_slots + static_cast<int64_t>(places.slot(j)) * width;
-      if (column < width) device::copy_async(to, row * Traits::kStride + column, from + column);
+      if (column < width) device::copy_async(to, row * Traits::kStride + column, address(j) + column);
+    }
+  }
+
+  // The usual case: the tile's rows lie one behind the other, and all offsets are constants.
+  ROTEXPORT_DEVICE void copy_neighbours(const device::Shared<Element>& to, const Element* rows) const {
+    constexpr int kChunks = Traits::kSize / 8;
+    const int row = thread() / kChunks;
+    const int column = thread() % kChunks * 8;
+    const Element* from = rows + row * Traits::kSize + column;
+    ROTEXPORT_UNROLL
+    for (int i = 0; i < Traits::kKeys; i += Traits::kThreads / kChunks) {
+      device::copy_async(to, (row + i) * Traits::kStride + column, from + i * Traits::kSize);
     }
   }
 
@@ -361,13 +381,14 @@ class Prefill {
   template <class Value>
   ROTEXPORT_DEVICE void store(const Value& value) const {
     const int rows = g_.tokens * g_.repeat;
+    const int fresh = lengths().fresh;
     const device::Global<Element> output(operands_.output);
     for (int i = lane(); i < Traits::kWarpRows * (Traits::kSize / 8); i += 32) {
       const int row = warp_row() + i / (Traits::kSize / 8);
       const int column = i % (Traits::kSize / 8) * 8;
       const int packed = first_row() + row;
       if (packed >= rows || column >= g_.value_size) continue;
-      const bool real = packed / g_.repeat < row_.fresh;
+      const bool real = packed / g_.repeat < fresh;
       output.from(query_row(packed) * g_.value_size).store(column, real ? value(row, column) : Chunk{});
     }
   }
@@ -376,6 +397,9 @@ class Prefill {
   // through the batch.
   static ROTEXPORT_DEVICE int block() { return static_cast<int>(device::opaque(device::block_index())); }
   ROTEXPORT_DEVICE int first_row() const { return block() % g_.row_tiles * Traits::kRows; }
+  ROTEXPORT_DEVICE Row lengths() const {
+    return load_row(operands_.past_length, operands_.new_length, key_head() / g_.kv_heads, g_.tokens);
+  }
   ROTEXPORT_DEVICE int key_head() const { return block() / g_.row_tiles; }
 
   static ROTEXPORT_DEVICE int thread() { return static_cast<int>(device::thread_index()); }
@@ -387,7 +411,7 @@ class Prefill {
   device::Shared<Element> query_;
   device::Shared<Element> key_;
   device::Shared<Element> value_;
-  Row row_;
+  int past_;
   int first_query_;
   int last_query_;
   bool sloped_;
