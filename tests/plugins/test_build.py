@@ -103,7 +103,10 @@ def test_one_architecture_builds_without_spills() -> None:
     assert all(record.registers <= 168 for record in transforms)
     attention = [record for record in report.resources if "sink_window_attention" in record.kernel]
     assert len(attention) == 48  # 2 types x (5 sizes, 4 formats x 3 sizes, 7 that move the cache)
-    linears = [record for record in report.resources if "quantized_linear" in record.kernel]
+    own = [
+        record for record in report.resources if "cutlass" not in record.kernel
+    ]  # of headers that may be there
+    linears = [record for record in own if "quantized_linear" in record.kernel]
     assert (
         len(linears) == 24
     )  # 2 formats x 4 scales and 1 x 3, each for few and for many rows, and the sums of splits
