@@ -68,6 +68,7 @@ class _Sharing:
         self._outputs = {value.name for value in model.graph.output}
         values = (*model.graph.input, *model.graph.value_info, *model.graph.output)
         self._types = {value.name: value.type.tensor_type.elem_type for value in values}
+        self._shapes = {value.name: value.type.tensor_type.shape.dim for value in values}
 
     def visit(self, node: onnx.NodeProto) -> None:
         """Keep, share or compute one node."""
@@ -108,7 +109,9 @@ class _Sharing:
             node.attribute.append(helper.make_attribute("to", to))
 
     def _compute(self, node: onnx.NodeProto) -> bool:
-        """Evaluate a node whose inputs are all known and small; say whether that was so."""
+        """Evaluate a node whose inputs are all known and small, or a shape; say whether that was so."""
+        if self._read_shape(node):
+            return True
         values = [self._value(name) for name in node.input]
         if any(value is None for value in values) or set(node.output) & self._outputs:
             return False
@@ -118,6 +121,17 @@ class _Sharing:
         evaluator = ReferenceEvaluator(helper.make_model(graph, opset_imports=self._opsets))
         results = evaluator.run(None, dict(zip(node.input, values, strict=True)))
         self._values |= dict(zip(node.output, map(np.asarray, results), strict=True))
+        return True
+
+    def _read_shape(self, node: onnx.NodeProto) -> bool:
+        """Take the shape of a tensor where the model says it; say whether it does."""
+        if node.op_type != "Shape" or node.input[0] not in self._shapes or set(node.output) & self._outputs:
+            return False
+        attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        dims = list(self._shapes[node.input[0]])[attributes.get("start", 0) : attributes.get("end")]
+        if not all(dim.HasField("dim_value") for dim in dims):
+            return False
+        self._values[node.output[0]] = np.array([dim.dim_value for dim in dims], np.int64)
         return True
 
     def _value(self, name: str) -> Array | None:
