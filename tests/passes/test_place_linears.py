@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 from support.graphs import graph_of, ops, run
 
 from rotexport.errors import GraphError
 from rotexport.graph.edit import sort
+from rotexport.graph.twin import float32_twin
 from rotexport.passes.place_linears import PlaceLinears
+from rotexport.passes.precision import SetPrecision
 from rotexport.passes.quantize_activations import QuantizeActivations
 from rotexport.passes.quantize_weights import QuantizeWeights
 from rotexport.quant.operators import LinearOperator, linear_operator, with_operators
@@ -90,6 +93,19 @@ def test_half_precision_stays_outside() -> None:
     y = run(graph, x=x)[0]
     assert y.dtype == np.float16
     np.testing.assert_allclose(y, expected, rtol=2e-3, atol=2e-3 * np.abs(expected).max())
+
+
+def test_bfloat16_graphs_run_as_their_float32_twin() -> None:
+    """Where ONNX Runtime has no bfloat16, results widen with everything else."""
+    plan, x = [site("y", TWO_LEVEL, TOKENS)], rows(2, 3, K)
+    graph, plain = one_linear(), one_linear()
+    for one in (graph, plain):
+        SetPrecision(np.dtype(ml_dtypes.bfloat16)).run(one)
+    place(graph, plan)
+    without(plain, plan)
+    y, expected = (run(float32_twin(one), x=x)[0] for one in (graph, plain))
+    assert y.dtype == np.float32
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
 MLP = f"""g (float[batch, seq, {K}] x, float[{K}, {N}] Wq, float[{N}] Bq, float[{K}, {K}] Wg, float[{K}, {K}] Wu,
