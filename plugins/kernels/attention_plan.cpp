@@ -11,6 +11,7 @@ namespace {
 // on all of them.
 constexpr int64_t kWantedBlocks = 1024;
 constexpr int kMostSplits = 64;
+constexpr int kSharedBytes = 99 * 1024;              // of a thread block, on the smallest architecture
 constexpr int64_t kMostElements = int64_t{1} << 30;  // of a tensor's row: 32-bit offsets
 
 int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
@@ -34,6 +35,27 @@ Status check_groups(const char* name, int64_t groups, int64_t size) {
               " channels: the kernel needs groups of a multiple of 16 channels");
 }
 
+int smallest_of(const int (&sizes)[5], int size) {
+  return *std::find_if(std::begin(sizes), std::end(sizes), [size](int padded) { return padded >= size; });
+}
+
+int decoded_size(const Problem& p) {
+  return smallest_of({64, 64, 64, 128, 256}, static_cast<int>(std::max(p.head_size, p.value_size)));
+}
+
+int stage_bytes(const Problem& p) {
+  const int size = decoded_size(p);
+  const int in_float = tile_bytes(size, Format::kFloat, 0);
+  if (p.format == Format::kFloat) return in_float;
+  return std::max(in_float, tile_bytes(size, p.format, static_cast<int>(p.key_groups + p.value_groups)));
+}
+
+int decode_shared_bytes(const Problem& p) {
+  const int size = decoded_size(p);
+  const int per_row = 2 * 2 * static_cast<int>(sizeof(float));  // position and slope, maximum and sum
+  return decode_warps(size) * (kDecodeStages * stage_bytes(p) + query_bytes(size) + kDecodeRows * per_row);
+}
+
 Status check(const Problem& p) {
   if (const Status status = check_head("head_size", p.head_size); !status) return status;
   if (const Status status = check_head("value_size", p.value_size); !status) return status;
@@ -53,6 +75,11 @@ Status check(const Problem& p) {
   if (p.format != Format::kFloat) {
     if (const Status status = check_groups("key", p.key_groups, p.head_size); !status) return status;
     if (const Status status = check_groups("value", p.value_groups, p.value_size); !status) return status;
+    if (decode_shared_bytes(p) > kSharedBytes) {
+      return fail(std::to_string(p.key_groups + p.value_groups) +
+                  " groups of a head's keys and values take more than " +
+                  std::to_string(kSharedBytes / 1024) + " KB of shared memory: use larger groups");
+    }
   }
   const int64_t longest = std::max({p.tokens * p.query_heads, p.window + p.tokens, p.sinks});
   if (p.batch < 0 || p.tokens < 0 || longest > kMostElements / kLargestHead ||
@@ -85,10 +112,6 @@ void describe(const Problem& p, Geometry& g) {
   g.softcap = p.softcap;
 }
 
-int smallest_of(const int (&sizes)[5], int size) {
-  return *std::find_if(std::begin(sizes), std::end(sizes), [size](int padded) { return padded >= size; });
-}
-
 void plan_prefill(const Problem& p, Plan& plan) {
   Geometry& g = plan.geometry;
   plan.size = smallest_of({64, 80, 96, 128, 256}, std::max(g.head_size, g.value_size));
@@ -102,7 +125,7 @@ void plan_prefill(const Problem& p, Plan& plan) {
 
 void plan_decode(const Problem& p, Plan& plan) {
   Geometry& g = plan.geometry;
-  plan.size = smallest_of({64, 64, 64, 128, 256}, std::max(g.head_size, g.value_size));
+  plan.size = decoded_size(p);
   const int warps = decode_warps(plan.size);
   const int64_t rows = p.tokens * g.repeat;
   g.row_tiles = static_cast<int>(ceil_div(rows, kDecodeRows));
@@ -111,14 +134,9 @@ void plan_decode(const Problem& p, Plan& plan) {
   const int64_t blocks = std::max<int64_t>(1, p.batch * p.kv_heads * g.row_tiles);
   const int64_t useful = std::min<int64_t>(kMostSplits, ceil_div(tiles, warps));
   g.splits = static_cast<int>(std::clamp<int64_t>(ceil_div(kWantedBlocks, blocks), 1, useful));
-  g.stage_bytes = tile_bytes(plan.size, Format::kFloat, 0);
-  if (p.format != Format::kFloat) {
-    g.stage_bytes = std::max(g.stage_bytes, tile_bytes(plan.size, p.format, g.key_groups + g.value_groups));
-  }
+  g.stage_bytes = stage_bytes(p);
   plan.threads = 32 * warps;
-  const int per_row = 2 * 2 * static_cast<int>(sizeof(float));  // position and slope, maximum and sum
-  plan.shared_bytes = static_cast<unsigned>(
-      warps * (kDecodeStages * g.stage_bytes + query_bytes(plan.size) + kDecodeRows * per_row));
+  plan.shared_bytes = static_cast<unsigned>(decode_shared_bytes(p));
   const int64_t parts = p.batch * p.kv_heads * rows * g.splits;
   plan.weights_offset = aligned(parts * p.value_size * static_cast<int64_t>(sizeof(float)));
   plan.workspace_bytes = plan.weights_offset + aligned(parts * 2 * static_cast<int64_t>(sizeof(float)));

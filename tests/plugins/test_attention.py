@@ -249,6 +249,7 @@ def test_the_kernel_computes_its_operators_body(
             Case(bits=8, group=8),
             "8 groups of a key head of 64 channels: the kernel needs groups of a multiple",
         ),
+        (Case(128, 128, bits=4, group=16), "16 groups of a head's keys and values take more than 99 KB"),
         (Case(softcap=-1.0), "softcap is -1.000000, must not be negative"),
     ],
 )
