@@ -112,7 +112,7 @@ def test_one_architecture_builds_without_spills() -> None:
     assert not any(record.stack_bytes or record.spill_store_bytes for record in report.resources)
     assert_loadable_without_tensorrt(report.library)
     if importlib.util.find_spec("tensorrt_rtx"):
-        assert len(check_library(report.library)) >= 3 + 18
+        assert len(check_library(report.library)) >= 3 + 18 + 7
 
 
 def test_tensorrts_registry_lists_the_creators(library: Path) -> None:
@@ -127,6 +127,9 @@ def test_tensorrts_registry_lists_the_creators(library: Path) -> None:
     linears = [one for one in listed if one.name.startswith("QuantizedLinear")]
     assert len(linears) == 18
     assert all(set(one.fields) == {"group", "out_type"} for one in linears)
+    attentions = [one for one in listed if one.name.startswith("SinkWindowAttention")]
+    assert len(attentions) == 7
+    assert all({"window", "scale", "softcap"} < set(one.fields) for one in attentions)
     assert check_library(library) == listed
 
 
