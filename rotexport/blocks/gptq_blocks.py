@@ -14,11 +14,12 @@ from rotexport.blocks.calibration import BlockTask, run_quantized
 from rotexport.blocks.stream import Stream
 from rotexport.blocks.torch_block import NO_EDITS, Edit, Edits
 from rotexport.graph.weights import Array
+from rotexport.passes.quantize_weights import quantizer_of
 from rotexport.quant.formats import weight_format
 from rotexport.quant.gptq import damped, descend, gptq, loss
 from rotexport.quant.grids import FreeScales, Grid, IntegerFactors
 from rotexport.quant.plan import SitePlan, WeightForm
-from rotexport.quant.scales import QuantizedTensor, ScaledRounding
+from rotexport.quant.scales import QuantizedTensor
 from rotexport.quant.scheme import GptqSettings
 from rotexport.quant.solved import dequantized
 
@@ -103,10 +104,7 @@ class GptqMethod:
     ) -> tuple[dict[str, QuantizedTensor], dict[str, float]]:
         """Quantize weights [K, N] of sites that read the same input in the same way, side by side."""
         weight = np.concatenate(list(weights.values()), axis=1)
-        rounding = ScaledRounding(
-            weight_format(site.weights.format), site.weight_group, True, site.form is WeightForm.TWO_LEVEL
-        )
-        rounded = rounding.quantize(weight)
+        rounded = quantizer_of(site).quantize(weight)
         if site.weights.method != "gptq":
             return _apart(rounded, weights), {}
         hessian = damped(moments.second, self.settings.damping)
