@@ -21,14 +21,16 @@ from rotexport.graph.sites import linears
 from rotexport.graph.twin import runnable
 from rotexport.graph.weights import Array
 from rotexport.learning.network import block_method, check_learnable, distill_network
+from rotexport.learning.spin import spin
 from rotexport.observe import observe_inputs, observe_keys, observe_power, outliers
-from rotexport.output import MODEL, OutputDirectory
+from rotexport.output import MODEL, ROTATIONS, OutputDirectory
 from rotexport.passes.smooth_inputs import SmoothDownInputs
 from rotexport.pipeline import (
     Calibrated,
     Pipeline,
     check_attention,
     expected_kernels,
+    learned_passes,
     plan_sites,
     quantization_passes,
     rotation_passes,
@@ -46,6 +48,7 @@ from rotexport.targets.builder import EngineRequest, build_engines
 from rotexport.targets.capabilities import check
 from rotexport.targets.profiles import Profiles
 from rotexport.texts import Samples
+from rotexport.transforms.rotation_file import write_rotations
 from rotexport.validate import PassValidator, Proof, observe_reference, prove
 
 SMOOTHING_WINDOWS = 4  # their tokens are many more than what one number per channel needs
@@ -167,6 +170,8 @@ def _compile(prepared: Prepared, options: BuildOptions, folder: Path, stages: St
             if options.validate and recipe.rotations.enabled:
                 found.outliers_after = outliers(observe_inputs(graph, scratch, [samples.tokens]))
 
+        if recipe.rotations.learned:
+            _learn_rotations(prepared, pipeline, scratch, found, stages)
         kept = options.resume or scratch.directory / "blocks"
         calibrated = _calibrate(prepared, scratch, kept, found, stages)
         plan = found.plan
@@ -178,6 +183,8 @@ def _compile(prepared: Prepared, options: BuildOptions, folder: Path, stages: St
             save_model(graph, folder / MODEL, WeightFile(folder / f"{MODEL}.data", source=scratch))
             prepared.checkpoint.save_assets(folder)
             (folder / "recipe.yaml").write_text(recipe.to_yaml())
+            if recipe.rotations.in_file:
+                write_rotations(folder / ROTATIONS, pipeline.folded_rotations())
 
         if options.validate:
             with stages("validate") as stage:
@@ -205,6 +212,17 @@ def _compile(prepared: Prepared, options: BuildOptions, folder: Path, stages: St
     write_manifest(report, graph, folder)
     write_report(report, folder)
     return report
+
+
+def _learn_rotations(
+    prepared: Prepared, pipeline: Pipeline, scratch: Scratch, found: Findings, stages: Stages
+) -> None:
+    """Turn R1 and R2 further, from where the recipe starts them."""
+    with stages("learn rotations") as stage:
+        network = Network(prepared.graph, prepared.plan, {}, prepared.recipe)
+        learned = spin(network, prepared.samples.calibration, scratch.directory, stage.advance)
+        pipeline.run(learned_passes(learned.matrices), stage.detail)
+        found.notes.append(learned.note)
 
 
 def _calibrate(

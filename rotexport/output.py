@@ -13,6 +13,7 @@ from rotexport.errors import OutputError
 
 MARK = "rotexport.json"  # what a finished build holds
 MODEL = "model.onnx"
+ROTATIONS = "rotations.bin"  # learned or read ones, as SpinQuant keeps them
 
 
 class OutputDirectory:

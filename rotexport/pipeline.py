@@ -26,6 +26,7 @@ from rotexport.passes.quantize_weights import QuantizeWeights
 from rotexport.passes.rotate_heads import RotateHeads
 from rotexport.passes.rotate_inputs import MixHeads, RotateDownInputs
 from rotexport.passes.rotate_residual import RotateResidual
+from rotexport.passes.rotation import Given
 from rotexport.passes.share_weights import ShareWeights
 from rotexport.passes.stream_attention import StreamAttention
 from rotexport.quant.calibrate import InputStatistics
@@ -34,6 +35,7 @@ from rotexport.quant.scales import WeightQuantizer
 from rotexport.recipe import Recipe, Rotations
 from rotexport.streaming.scheme import stream_format
 from rotexport.targets.layers import Kernel, expected_kernel
+from rotexport.transforms.transform import Composition, Transform
 from rotexport.validate import PassValidator, StreamView
 
 DTYPES = {
@@ -73,11 +75,20 @@ class Pipeline:
         """Where every transform went."""
         return [placement for _, report in self.finished for placement in report.placements]
 
+    def folded_rotations(self) -> dict[int | None, Transform]:
+        """Return what the residual stream (under None) and each block's values were rotated by in all."""
+        factors: dict[int | None, list[Transform]] = {}
+        for placement in self.placements:
+            if placement.rotation in ("r1", "r2") and placement.transform is not None:
+                block = None if placement.rotation == "r1" else int(placement.site.partition(".")[0])
+                factors.setdefault(block, []).append(placement.transform)
+        return {block: Composition(tuple(transforms)) for block, transforms in factors.items()}
+
     def stream_view(self) -> StreamView:
         """Return how the graph's residual stream relates to PyTorch's, after what the passes did to it."""
         rotated = [p.transform for p in self.placements if p.rotation == "r1" and p.transform is not None]
         centered = any(isinstance(p, CenterLayerNorms) and report.changed for p, report in self.finished)
-        return StreamView.after(rotated[0] if rotated else None, centered)
+        return StreamView.after(Composition(tuple(rotated)) if rotated else None, centered)
 
 
 def rotation_passes(rotations: Rotations) -> list[Pass]:
@@ -109,6 +120,12 @@ class Calibrated:
     statistics: Mapping[str, InputStatistics] = field(default_factory=dict)
     key_means: Mapping[int, Array] = field(default_factory=dict)
     solved: Mapping[str, WeightQuantizer] = field(default_factory=dict)
+
+
+def learned_passes(learned: Mapping[int | None, Transform]) -> list[Pass]:
+    """Return the passes that turn R1 (under None) and R2 (by block) further, by what was learned."""
+    passes: list[Pass] = [RotateResidual(Given(learned))] if None in learned else []
+    return [*passes, RotateHeads(Given(learned), "r2")] if set(learned) - {None} else passes
 
 
 def quantization_passes(recipe: Recipe, plan: Sequence[SitePlan], calibrated: Calibrated) -> list[Pass]:

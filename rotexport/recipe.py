@@ -17,14 +17,16 @@ from typing import Any, Final, TypeVar
 import yaml
 
 from rotexport.errors import RecipeError
-from rotexport.learning.training import Training
+from rotexport.learning.training import RotationTraining, Training
 from rotexport.metrics import Thresholds
 from rotexport.quant.scheme import ActivationScheme, CacheScheme, GptqSettings, MixedScheme, WeightScheme
 from rotexport.streaming.scheme import AttentionScheme, stream_format
+from rotexport.transforms.rotation_file import read_rotation
 from rotexport.transforms.transform import Hadamard, OrthogonalMatrix, Transform
 
-KINDS: Final = ("none", "hadamard", "random-hadamard", "orthogonal")
+KINDS: Final = ("none", "hadamard", "random-hadamard", "orthogonal", "learned", "file")
 DTYPES: Final = ("fp32", "fp16", "bf16")
+DENSE: Final = ("orthogonal", "learned", "file")
 ONLINE_ROTATIONS: Final = ("r3", "r4", "o_heads")
 
 SMOOTHINGS: Final = ("none", "down")  # what is balanced before it is rotated
@@ -37,13 +39,16 @@ T = TypeVar("T")
 class Rotation:
     """One rotation of a recipe.
 
-    `kind` is `none`, `hadamard`, `random-hadamard` (a Hadamard behind random signs drawn from `seed`) or
-    `orthogonal` (a random dense map, only where it folds). `block` limits it to blocks of that length.
+    `kind` is `none`, `hadamard`, `random-hadamard` (a Hadamard behind random signs drawn from `seed`), or a
+    dense one, only where it folds: `orthogonal` (random), `learned` (from a random Hadamard on, as the
+    section `learn_rotations` says) or `file` (from a `file` like SpinQuant's `R.bin`). `block` limits
+    Hadamards to blocks of that length.
     """
 
     kind: str = "none"
     seed: int = 0
     block: int | None = None
+    file: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -52,24 +57,32 @@ class Rotation:
             raise RecipeError(f"rotation seed {self.seed!r} is not a non-negative integer")
         if self.block is not None and (not isinstance(self.block, int) or self.block < 1):
             raise RecipeError(f"rotation block {self.block!r} is not a positive integer")
-        if self.kind == "orthogonal" and self.block is not None:
-            raise RecipeError("a rotation of kind 'orthogonal' is dense and takes no block; remove it")
+        if self.kind in DENSE and self.block is not None:
+            raise RecipeError(f"a rotation of kind '{self.kind}' is dense and takes no block; remove it")
+        if (self.kind == "file") != (self.file is not None):
+            raise RecipeError("a rotation of kind 'file', and no other, needs its `file`")
 
     @property
     def enabled(self) -> bool:
         """Whether there is anything to rotate."""
         return self.kind != "none"
 
-    def transform(self, size: int) -> Transform:
+    def transform(self, size: int, layer: int | None = None) -> Transform:
         """Return the transform for an axis of `size`: without a block, the largest Hadamard that divides.
 
+        Each `layer` has one of its own. What is learned starts here.
+
         Raises:
-            TransformError: the asked block does not divide the axis, or has no Hadamard matrix.
+            TransformError: the asked block does not divide the axis, or has no Hadamard matrix; or the file
+                does not hold the matrix.
 
         """
+        seed = self.seed + (layer or 0)
+        if self.file is not None:
+            return read_rotation(Path(self.file), layer, size)
         if self.kind == "orthogonal":
-            return OrthogonalMatrix.random(size, self.seed)
-        return Hadamard.of(size, self.block, self.seed if self.kind == "random-hadamard" else None)
+            return OrthogonalMatrix.random(size, seed)
+        return Hadamard.of(size, self.block, None if self.kind == "hadamard" else seed)
 
 
 @dataclass(frozen=True)
@@ -84,15 +97,30 @@ class Rotations:
 
     def __post_init__(self) -> None:
         for name in ONLINE_ROTATIONS:
-            if getattr(self, name).kind == "orthogonal":
+            if (kind := getattr(self, name).kind) in DENSE:
                 raise RecipeError(
-                    f"rotations.{name}: 'orthogonal' is dense and cannot run online; "
+                    f"rotations.{name}: '{kind}' is dense and cannot run online; "
                     "use 'hadamard' or 'random-hadamard'"
                 )
+        if self.r2.kind == "learned" and self.o_heads.enabled:
+            raise RecipeError(
+                "rotations.r2: 'learned' needs heads that are not mixed; set rotations.o_heads to none, "
+                "or rotations.r2 to hadamard"
+            )
         if self.o_heads.kind == "random-hadamard" or self.o_heads.block is not None:
             raise RecipeError(
                 "rotations.o_heads mixes all heads by a plain Hadamard; use kind: hadamard without a block"
             )
+
+    @property
+    def learned(self) -> bool:
+        """Whether R1 or R2 is learned."""
+        return "learned" in (self.r1.kind, self.r2.kind)
+
+    @property
+    def in_file(self) -> bool:
+        """Whether R1 or R2 can be known from a file only."""
+        return bool({"learned", "file"} & {self.r1.kind, self.r2.kind})
 
     @property
     def enabled(self) -> bool:
@@ -125,6 +153,7 @@ class Recipe:
     weights: WeightScheme = field(default_factory=WeightScheme)
     activations: ActivationScheme = field(default_factory=ActivationScheme)
     gptq: GptqSettings = field(default_factory=GptqSettings)
+    learn_rotations: RotationTraining = field(default_factory=RotationTraining)
     reconstruct: Training = field(default_factory=Training)
     distill: Training = field(default_factory=Training)
     mixed: MixedScheme = field(default_factory=MixedScheme)
@@ -143,6 +172,16 @@ class Recipe:
             raise RecipeError(
                 f"calibration_windows: {self.calibration_windows!r} is not a positive number of windows"
             )
+        if self.rotations.learned != self.learn_rotations.enabled:
+            raise RecipeError(
+                "rotations.r1 or r2 of kind 'learned' and learn_rotations.steps above 0 go together; "
+                f"found {'no ' if not self.rotations.learned else ''}learned rotation and "
+                f"{self.learn_rotations.steps} steps"
+            )
+        if self.rotations.learned and {self.weights.format, self.activations.format} & {"fp8"}:
+            raise RecipeError("rotations are learned for int8 and int4, not for fp8; use random-hadamard")
+        if self.rotations.learned and not (self.weights.enabled or self.kv_cache.enabled):
+            raise RecipeError("rotations are learned for what is quantized; set weights.format")
         if self.activations.enabled and not self.weights.enabled:
             raise RecipeError(
                 f"activations.format: {self.activations.format} needs quantized weights; "
@@ -183,6 +222,7 @@ SECTIONS: Final[Mapping[str, type]] = {
     "activations": ActivationScheme,
     "gptq": GptqSettings,
     "mixed": MixedScheme,
+    "learn_rotations": RotationTraining,
     "reconstruct": Training,
     "distill": Training,
     "kv_cache": CacheScheme,

@@ -14,11 +14,11 @@ from rotexport.evaluate import Evaluation, LanguageModel, evaluate
 from rotexport.graph.io import Scratch, load_model
 from rotexport.graph.twin import runnable
 from rotexport.graph.weights import Array
-from rotexport.output import MARK, MODEL, read_manifest, write_json
+from rotexport.output import MARK, MODEL, ROTATIONS, read_manifest, write_json
 from rotexport.passes.base import Where
 from rotexport.passes.center_layernorms import CenterLayerNorms
 from rotexport.progress import Stages
-from rotexport.recipe import Recipe, parse_recipe
+from rotexport.recipe import Recipe, Rotation, parse_recipe
 from rotexport.reference import reference_model
 from rotexport.report import read_report, write_report
 from rotexport.report.serialize import to_plain
@@ -162,7 +162,10 @@ def _view(folder: Path, recipe: Recipe) -> StreamView:
     report = read_report(folder)
     rotated = any(t.rotation == "r1" and t.where != Where.REFUSED.value for t in report.transforms)
     centered = any(p.name == CenterLayerNorms.name and p.changed for p in report.passes)
-    return StreamView.after(recipe.rotations.r1.transform(report.model.width) if rotated else None, centered)
+    rotation = recipe.rotations.r1
+    if rotation.kind in ("learned", "file"):  # as it was folded, wherever it was read from
+        rotation = Rotation("file", file=str(folder / ROTATIONS))
+    return StreamView.after(rotation.transform(report.model.width) if rotated else None, centered)
 
 
 def _open(model: str) -> tuple[LanguageModel, PreTrainedTokenizerBase]:

@@ -105,10 +105,7 @@ class Rotations(nn.Module):  # type: ignore[misc]  # torch is Any here
 
 
 def quantizers(network: Network, block: BlockGraph) -> tuple[dict[str, Edit], Edits]:
-    """Return differentiable quantizers of a block: of weights by site, and of inputs and cache.
-
-    Static activations are quantized per token here: a calibrated range is not known before the rotation is.
-    """
+    """Return differentiable quantizers of a block: of weights by site, and of inputs and cache."""
     plan = {site.site: site for site in network.plan}
     inputs: dict[str, Edit] = {}
     shared: dict[object, Edit] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -14,52 +14,15 @@ from rotexport.blocks.calibration import Network
 from rotexport.blocks.split import BlockGraph, Split, split_blocks
 from rotexport.blocks.stream import Stream
 from rotexport.blocks.torch_block import Edits, TorchBlock
-from rotexport.errors import RecipeError
 from rotexport.graph.weights import Array
 from rotexport.learning.cayley import CayleySGD, nearest_orthogonal
 from rotexport.learning.distill import divergence
 from rotexport.learning.precision import fast_products
 from rotexport.learning.rotations import Rotations, quantizers
-from rotexport.learning.training import Advance, cosine, draw
+from rotexport.learning.training import Advance, RotationTraining, cosine, draw
+from rotexport.transforms.transform import OrthogonalMatrix, Transform
 
-LOSSES: Final = ("block", "network")
 STEPS_PER_VISIT: Final = 4  # of one block, which is read anew for every visit
-
-
-@dataclass(frozen=True)
-class RotationTraining:
-    """Cayley SGD for `steps` steps of `batch` windows each, `rate` falling along a cosine.
-
-    `loss` "network" is the divergence from the float network's distribution, with the whole network in
-    memory. "block" is the relative error of one block's output, of a block drawn at random; memory holds that
-    block, the disk the stream of `windows` windows at every block. No step turns by more than about a radian.
-    """
-
-    steps: int = 0
-    batch: int = 1
-    rate: float = 1.5
-    momentum: float = 0.9
-    loss: str = "block"
-    windows: int = 8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for key in ("steps", "batch", "windows", "seed"):
-            value = getattr(self, key)
-            least = 0 if key in ("steps", "seed") else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise RecipeError(f"{key}: {value!r} is not an integer of at least {least}")
-        if self.loss not in LOSSES:
-            raise RecipeError(f"loss: {self.loss!r} is not one of {', '.join(LOSSES)}")
-        if isinstance(self.rate, bool) or not isinstance(self.rate, int | float) or not self.rate > 0:
-            raise RecipeError(f"rate: {self.rate!r} is not above 0")
-        if not isinstance(self.momentum, int | float) or not 0 <= self.momentum < 1:
-            raise RecipeError(f"momentum: {self.momentum!r} is not at least 0 and below 1")
-
-    @property
-    def enabled(self) -> bool:
-        """Whether there is anything to do."""
-        return self.steps > 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,24 +61,46 @@ def learn_rotations(
     return losses
 
 
-def make_problem(network: Network, windows: Array, which: tuple[bool, bool], count: int) -> Problem:
-    """Prepare to learn R1, R2 or both (`which`) on the first `count` windows."""
-    split = split_blocks(network.graph)
-    chosen = list(windows[:count])
-    rotations = Rotations(network, *which)
-    return Problem(network, split, chosen, rotations, split.context(windows.shape[1]))
+@dataclass(frozen=True)
+class Learned:
+    """Matrices by block, R1's under None, and the loss at every step."""
+
+    matrices: dict[int | None, Transform]
+    losses: list[float]
+
+    @property
+    def note(self) -> str:
+        """What a reader of the report should know."""
+        ends = max(1, len(self.losses) // 10)
+        first, last = (sum(part) / ends for part in (self.losses[:ends], self.losses[-ends:]))
+        return f"rotations learned for {len(self.losses)} steps: loss {first:.4g} to {last:.4g}"
 
 
-def learned_matrices(rotations: Rotations) -> dict[str, Array]:
-    """Return float64 matrices under SpinQuant's keys: `R1`, `model.layers.{i}.self_attn.R2`."""
-    named = {"R1": rotations.r1} if rotations.r1 is not None else {}
-    named |= {r2_key(int(block)): rotation for block, rotation in rotations.r2.items()}
-    return {key: nearest_orthogonal(rotation.detach().double()).numpy() for key, rotation in named.items()}
+def spin(network: Network, windows: Array, folder: Path, advance: Advance) -> Learned:
+    """Learn the rotations that a network's recipe wants learned, on the first of some windows [W, S].
+
+    What is returned acts on top of the rotations that the graph has already. Streams are kept in `folder`.
+    """
+    recipe = network.recipe
+    plan = [replace(site, activations=replace(site.activations, mode="dynamic")) for site in network.plan]
+    network = replace(network, plan=plan)  # a range is not calibrated before the rotation is known
+    split, training = split_blocks(network.graph), recipe.learn_rotations
+    kinds = (recipe.rotations.r1.kind, recipe.rotations.r2.kind)
+    rotations = Rotations(network, *(kind == "learned" for kind in kinds))
+    chosen = list(windows[: training.windows])
+    problem = Problem(network, split, chosen, rotations, split.context(windows.shape[1]))
+    losses = learn_rotations(problem, training, folder, advance)
+    return Learned(learned_matrices(rotations), losses)
 
 
-def r2_key(block: int) -> str:
-    """Return the key of a block's R2 in SpinQuant's file."""
-    return f"model.layers.{block}.self_attn.R2"
+def learned_matrices(rotations: Rotations) -> dict[int | None, Transform]:
+    """Return what was learned: R2 by block, R1 under None."""
+    named: dict[int | None, Tensor] = {} if rotations.r1 is None else {None: rotations.r1}
+    named |= {int(block): rotation for block, rotation in rotations.r2.items()}
+    return {
+        block: OrthogonalMatrix(nearest_orthogonal(rotation.detach().double()).numpy())
+        for block, rotation in named.items()
+    }
 
 
 def _network_loss(problem: Problem, training: RotationTraining, folder: Path) -> Loss:

@@ -12,6 +12,7 @@ from rotexport.errors import RecipeError
 
 Advance = Callable[[int, int], None]
 WARM_UP = 0.05  # of all steps
+LOSSES = ("block", "network")  # of rotations
 FINAL_RATE = 0.05  # of the first
 BETAS = (0.9, 0.95)
 
@@ -57,6 +58,42 @@ class Training:
     def batches(self, count: int) -> Iterator[list[int]]:
         """Return the numbers of each step's windows; all are seen before any is seen again."""
         return draw(count, self.steps, self.batch, self.seed)
+
+
+@dataclass(frozen=True)
+class RotationTraining:
+    """Cayley SGD for `steps` steps of `batch` windows each, `rate` falling along a cosine.
+
+    `loss` "network" is the divergence from the float network's distribution, with the whole network in
+    memory. "block" is the relative error of one block's output, of a block drawn at random; memory holds that
+    block, the disk the stream of `windows` windows at every block. No step turns by more than about a radian.
+    """
+
+    steps: int = 0
+    batch: int = 1
+    rate: float = 1.5
+    momentum: float = 0.9
+    loss: str = "block"
+    windows: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch", "windows", "seed"):
+            value = getattr(self, key)
+            least = 0 if key in ("steps", "seed") else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise RecipeError(f"{key}: {value!r} is not an integer of at least {least}")
+        if self.loss not in LOSSES:
+            raise RecipeError(f"loss: {self.loss!r} is not one of {', '.join(LOSSES)}")
+        if isinstance(self.rate, bool) or not isinstance(self.rate, int | float) or not self.rate > 0:
+            raise RecipeError(f"rate: {self.rate!r} is not above 0")
+        if not isinstance(self.momentum, int | float) or not 0 <= self.momentum < 1:
+            raise RecipeError(f"momentum: {self.momentum!r} is not at least 0 and below 1")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is anything to do."""
+        return self.steps > 0
 
 
 def draw(count: int, times: int, size: int, seed: int) -> Iterator[list[int]]:

@@ -7,15 +7,13 @@ cache holds. A rotation that a rotary embedding keeps from being folded goes onl
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import onnx_graphsurgeon as gs
 
 from rotexport.graph.basis import Component, analyse, attention_nodes
 from rotexport.passes.base import Pass, PassReport, Placement, Preserves, Where
-from rotexport.passes.rotation import change_basis
-from rotexport.recipe import Rotation
+from rotexport.passes.rotation import RotationSource, change_basis
 
 
 class RotateHeads(Pass):
@@ -23,7 +21,7 @@ class RotateHeads(Pass):
 
     preserves = Preserves.ROUNDING
 
-    def __init__(self, rotation: Rotation, which: Literal["r2", "r3"]) -> None:
+    def __init__(self, rotation: RotationSource, which: Literal["r2", "r3"]) -> None:
         self.rotation = rotation
         self.which = which
         self.name = "rotate-values" if which == "r2" else "rotate-keys"
@@ -48,8 +46,7 @@ class RotateHeads(Pass):
                 Placement(self.which, site, Where.REFUSED, None, f"pinned at {obstacle}")
             )
             return
-        rotation = replace(self.rotation, seed=self.rotation.seed + block)  # an independent map per layer
-        transform = rotation.transform(component.size)
+        transform = self.rotation.transform(component.size, block)
         reason = "; ".join(str(pin) for pin in component.pins[:2])
         online = change_basis(graph, component, transform)
         where = Where.ONLINE if online else Where.FOLDED

@@ -10,8 +10,7 @@ import onnx_graphsurgeon as gs
 
 from rotexport.graph.basis import analyse, residual
 from rotexport.passes.base import Pass, PassReport, Placement, Preserves, Where
-from rotexport.passes.rotation import change_basis
-from rotexport.recipe import Rotation
+from rotexport.passes.rotation import RotationSource, change_basis
 
 NORMS = ("RMSNormalization", "LayerNormalization")
 
@@ -22,7 +21,7 @@ class RotateResidual(Pass):
     name = "rotate-residual"
     preserves = Preserves.ROUNDING
 
-    def __init__(self, rotation: Rotation) -> None:
+    def __init__(self, rotation: RotationSource) -> None:
         self.rotation = rotation
 
     def run(self, graph: gs.Graph) -> PassReport:

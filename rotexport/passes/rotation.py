@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
 import onnx_graphsurgeon as gs
 
 from rotexport.errors import GraphError
 from rotexport.graph.basis import Component, Pin
 from rotexport.graph.edit import consumers, producer, replace_reads, unused_name
 from rotexport.graph.weights import Folded, constant, set_weight, weight_of
-from rotexport.transforms.transform import Transform
+from rotexport.transforms.transform import Identity, Transform
+
+
+class RotationSource(Protocol):
+    """Says how to rotate an axis of `size`; one that every layer has for itself is told which."""
+
+    def transform(self, size: int, layer: int | None = None) -> Transform:
+        """Return the transform."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """Matrices known by number: by layer, or under None for what all layers share."""
+
+    transforms: Mapping[int | None, Transform]
+
+    def transform(self, size: int, layer: int | None = None) -> Transform:
+        """Return the transform given for a layer; the identity where there is none."""
+        return self.transforms.get(layer, Identity(size))
 
 
 def change_basis(graph: gs.Graph, component: Component, transform: Transform) -> int:
