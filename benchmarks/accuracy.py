@@ -48,6 +48,7 @@ BEST = {
     "W4A8 KV4": ("best-w4a8kv4", 23.5),
     "W4A4": ("best-w4a4", 27.0),
     "W4A4 KV4": ("best-w4a4kv4", 28.0),
+    "KV2": ("quarot-kv2", 24.0),
 }
 
 
@@ -100,14 +101,12 @@ def measure(row: Row, text: Path, calibration: Path, work: Path) -> dict[str, An
 def markdown(results: dict[str, Any]) -> str:
     """One table per scheme: rotations down, methods across."""
     parts = []
-    for scheme in SCHEMES:
+    for scheme in dict.fromkeys(name.split(" / ")[0] for name in results):
         found = {
             tuple(name.split(" / ")[1:]): row
             for name, row in results.items()
             if name.startswith(f"{scheme} / ")
         }
-        if not found:
-            continue
         methods = list(dict.fromkeys(method for _, method in found))
         lines = [f"| {scheme} | {' | '.join(methods)} |", f"|---|{'---|' * len(methods)}"]
         for rotation in dict.fromkeys(rotation for rotation, _ in found):
