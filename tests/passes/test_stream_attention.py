@@ -20,6 +20,7 @@ from rotexport.passes.rotate_heads import RotateHeads
 from rotexport.passes.stream_attention import StreamAttention
 from rotexport.recipe import Rotation
 from rotexport.streaming.cache import CacheFormat
+from rotexport.streaming.eviction import Eviction
 from rotexport.streaming.oracle import Definition, Row, attend
 from rotexport.streaming.scheme import AttentionScheme
 
@@ -201,6 +202,36 @@ def test_rows_have_lengths_of_their_own() -> None:
     output = run(graph, **both)[0]
     assert_close(output[1], alone)
     assert_close(output[0, :4], alone[:4])
+
+
+@pytest.mark.parametrize("policy", ["heavy-hitter", "snapkv"])
+def test_evicting_caches_are_the_model_while_all_fits_and_the_definition_after(policy: str) -> None:
+    model = tiny_model("llama")
+    graph = export(open_checkpoint(model))
+    eviction = Eviction(policy, recent=4, context=64, observe=4)
+    StreamAttention(AttentionScheme("streaming", SINKS, WINDOW, eviction=eviction)).run(graph)
+    names = [tensor.name for tensor in graph.inputs if tensor.name.startswith("cache.1.window")]
+    memory = {"heavy-hitter": "score", "snapkv": "observed"}[policy]
+    assert names == [f"cache.1.window_{name}" for name in ("key", "value", "position", memory)]
+    assert_close(logits(graph, TOKENS[:WINDOW]), reference(model, TOKENS[:WINDOW]))
+    first = feeds(graph, TOKENS[:30])
+    read, *presents = run(graph, **first)
+    dense = reference(model, TOKENS[:30])
+    assert_close(read[0][: SINKS + WINDOW], dense[: SINKS + WINDOW])
+    assert_close(read[0], dense, 1e-3)  # a call sees all of its own tokens; only sinks come nearer
+    held = dict(zip([tensor.name for tensor in graph.outputs[1:]], presents, strict=True))
+    positions = held["present.0.window_position"][0] - 1
+    assert positions.shape == (2, WINDOW)
+    assert (positions[:, :4] == [29, 28, 27, 26]).all(), "the newest stay"
+    assert positions.min() >= SINKS
+    assert not np.array_equal(positions[0], positions[1]), "each key head chooses for itself"
+
+
+def test_heads_decay_by_slopes_of_their_own() -> None:
+    graph = export(open_checkpoint(tiny_model("llama")))
+    StreamAttention(AttentionScheme("streaming", SINKS, WINDOW, decay="alibi")).run(graph)
+    node = next(node for node in graph.nodes if node.op == "SinkWindowAttention")
+    assert node.inputs[7].values.tolist() == [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8]
 
 
 def test_learned_positions_and_foreign_masks_are_refused() -> None:

@@ -1,6 +1,7 @@
 """Expanding function bodies: the same function, tables computed once, equal expressions shared."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -108,3 +109,24 @@ def test_operators_of_a_plugin_library_keep_their_nodes(tmp_path):
     calls = [node.name for node in original.graph.node if node.op_type == name]
     assert calls
     assert [node.name for node in kept.graph.node if node.op_type == name] == calls
+
+
+def test_shapes_that_the_model_states_are_tables_and_others_are_not():
+    """Of x [M, 4] the last size is known; the whole shape is not."""
+    text = """<ir_version: 11, opset_import: ["": 23, "rotexport": 1]>
+    g (float16[M, 4] x) => (int64[1] width, int64[2] all) {
+      width, all = rotexport.Sizes(x)
+    }
+    <domain: "rotexport", opset_import: ["": 23]>
+    Sizes (x) => (width, all) {
+      last = Shape<start = 1, end = 2>(x)
+      one = Constant<value_ints = [1]>()
+      width = Mul(last, one)
+      whole = Shape(x)
+      all = Mul(whole, one)
+    }"""
+    model = inline(onnx.parser.parse_model(text), Path())
+    assert [len(node.attribute) for node in model.graph.node if node.op_type == "Shape"] == [0]
+    x = np.zeros((3, 4), np.float16)
+    found = ort.InferenceSession(model.SerializeToString()).run(None, {"x": x})
+    assert [values.tolist() for values in found] == [[4], [3, 4]]
