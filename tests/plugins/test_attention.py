@@ -122,7 +122,7 @@ def test_schedules_and_buffers_do_not_matter(
 
 
 def test_tiles_that_nobody_sees_are_not_read(kernels: EmulatedAttention) -> None:
-    """128 packed rows share tiles: queries far from a NaN are right, whether or not they stand in its block."""
+    """128 packed rows share tiles: behind the block of those that see a NaN no tile holds it."""
     case = Case(sinks=1, window=10)
     stream = Stream(case, 400, np.random.default_rng(0))
     expected = stream.expected()
