@@ -19,6 +19,7 @@ from onnx import numpy_helper
 
 from rotexport.errors import ValidationError
 from rotexport.evaluate import LanguageModel, next_token_logits, perplexity
+from rotexport.graph.functions import DOMAIN
 from rotexport.metrics import log_softmax
 from rotexport.passes.stream_interface import RING_SLOTS, ring_slots
 from rotexport.progress import anonymous_bytes
@@ -140,10 +141,9 @@ def without_sinks(path: Path) -> Iterator[Path]:
     """Yield a copy of a streaming graph whose layers see their window only (weights stay shared)."""
     model = onnx.load(str(path), load_external_data=False)
     for node in model.graph.node:
-        if node.domain == "rotexport" and node.op_type.startswith("SinkWindowAttention"):
-            for attribute in node.attribute:
-                if attribute.name == "sinks":
-                    attribute.i = 0
+        for attribute in node.attribute:
+            if node.domain == DOMAIN and attribute.name == "sinks":
+                attribute.i = 0
     for tensor in model.graph.initializer:
         ring = RING_SLOTS.match(tensor.name)
         if ring is not None:

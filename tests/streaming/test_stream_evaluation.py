@@ -7,9 +7,16 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from rotexport.checkpoint import open_checkpoint
 from rotexport.errors import ValidationError
+from rotexport.export import export
+from rotexport.graph.io import WeightFile, save_model
+from rotexport.passes.stream_attention import StreamAttention
 from rotexport.runtime.session import Session
+from rotexport.streaming.cache import FLOAT_CACHE, CacheFormat
 from rotexport.streaming.evaluate import Rereading, evaluate_dense, evaluate_stream, without_sinks
+from rotexport.streaming.eviction import RING, Eviction
+from rotexport.streaming.scheme import AttentionScheme
 
 TOKENS = np.random.default_rng(0).integers(0, 96, 45)
 
@@ -57,6 +64,33 @@ def test_window_only_is_the_same_graph_that_sees_no_sinks(streaming_model: Path)
     np.testing.assert_allclose(*first, atol=1e-6)
     later = whole.prefill(TOKENS[12:]), window_only.prefill(TOKENS[12:])
     assert np.abs(later[0] - later[1]).max() > 1e-4
+
+
+def test_window_only_copies_of_any_cache_are_builds_without_sinks(
+    tiny: PreTrainedModel, tmp_path: Path
+) -> None:
+    """Angles of centered keys follow the ring's slots, which start at the first token that is no sink."""
+    exported = export(open_checkpoint(tiny))
+    means = {layer: np.random.default_rng(layer).standard_normal((2, 8)) for layer in range(2)}
+    eviction = Eviction("heavy-hitter", recent=4, context=64)
+    for name, stored, policy in (
+        ("center", CacheFormat(4, center=True), RING),
+        ("evict", FLOAT_CACHE, eviction),
+    ):
+        logits = []
+        for sinks in (2, 0):
+            graph = exported.copy()
+            StreamAttention(AttentionScheme("streaming", sinks, 12, eviction=policy), stored, means).run(
+                graph
+            )
+            path = tmp_path / f"{name}.{sinks}.onnx"
+            save_model(graph, path, WeightFile(path.with_suffix(".data")))
+        with without_sinks(tmp_path / f"{name}.2.onnx") as copy:
+            for one in (copy, path):
+                session = Session(one, threads=1)
+                session.prefill(TOKENS[:20])
+                logits.append(session.prefill(TOKENS[20:]))
+        np.testing.assert_allclose(logits[0], logits[1], atol=1e-6)
 
 
 def test_a_stream_that_predicts_nothing_is_refused(streaming_model: Path) -> None:
