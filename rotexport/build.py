@@ -20,11 +20,13 @@ from rotexport.graph.io import Scratch, WeightFile, save_model
 from rotexport.graph.sites import linears
 from rotexport.graph.twin import runnable
 from rotexport.graph.weights import Array
+from rotexport.learning.flat import learn_affine
 from rotexport.learning.network import block_method, check_learnable, distill_network
 from rotexport.learning.spin import spin
 from rotexport.observe import observe_inputs, observe_keys, observe_power, outliers
 from rotexport.output import MODEL, ROTATIONS, OutputDirectory
 from rotexport.passes.smooth_inputs import SmoothDownInputs
+from rotexport.passes.transform_inputs import TransformInputs
 from rotexport.pipeline import (
     Calibrated,
     Pipeline,
@@ -170,8 +172,7 @@ def _compile(prepared: Prepared, options: BuildOptions, folder: Path, stages: St
             if options.validate and recipe.rotations.enabled:
                 found.outliers_after = outliers(observe_inputs(graph, scratch, [samples.tokens]))
 
-        if recipe.rotations.learned:
-            _learn_rotations(prepared, pipeline, scratch, found, stages)
+        _learn_transforms(prepared, pipeline, scratch, found, stages)
         kept = options.resume or scratch.directory / "blocks"
         calibrated = _calibrate(prepared, scratch, kept, found, stages)
         plan = found.plan
@@ -214,15 +215,21 @@ def _compile(prepared: Prepared, options: BuildOptions, folder: Path, stages: St
     return report
 
 
-def _learn_rotations(
+def _learn_transforms(
     prepared: Prepared, pipeline: Pipeline, scratch: Scratch, found: Findings, stages: Stages
 ) -> None:
-    """Turn R1 and R2 further, from where the recipe starts them."""
-    with stages("learn rotations") as stage:
-        network = Network(prepared.graph, prepared.plan, {}, prepared.recipe)
-        learned = spin(network, prepared.samples.calibration, scratch.directory, stage.advance)
-        pipeline.run(learned_passes(learned.matrices), stage.detail)
-        found.notes.append(learned.note)
+    """Turn R1 and R2 further from where the recipe starts them; put learned maps in front of linears."""
+    recipe, windows = prepared.recipe, prepared.samples.calibration
+    network = Network(prepared.graph, prepared.plan, {}, recipe)
+    if recipe.rotations.learned:
+        with stages("learn rotations") as stage:
+            learned = spin(network, windows, scratch.directory, stage.advance)
+            pipeline.run(learned_passes(learned.matrices), stage.detail)
+            found.notes.append(learned.note)
+    if recipe.learn_affine.enabled:
+        with stages("learn transforms") as stage:
+            transforms = learn_affine(network, windows, scratch.directory, stage.advance)
+            pipeline.run([TransformInputs(transforms)], stage.detail)
 
 
 def _calibrate(

@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar
 import yaml
 
 from rotexport.errors import RecipeError
-from rotexport.learning.training import RotationTraining, Training
+from rotexport.learning.training import AffineTraining, RotationTraining, Training
 from rotexport.metrics import Thresholds
 from rotexport.quant.scheme import ActivationScheme, CacheScheme, GptqSettings, MixedScheme, WeightScheme
 from rotexport.streaming.scheme import AttentionScheme, stream_format
@@ -154,6 +154,7 @@ class Recipe:
     activations: ActivationScheme = field(default_factory=ActivationScheme)
     gptq: GptqSettings = field(default_factory=GptqSettings)
     learn_rotations: RotationTraining = field(default_factory=RotationTraining)
+    learn_affine: AffineTraining = field(default_factory=AffineTraining)
     reconstruct: Training = field(default_factory=Training)
     distill: Training = field(default_factory=Training)
     mixed: MixedScheme = field(default_factory=MixedScheme)
@@ -182,6 +183,15 @@ class Recipe:
             raise RecipeError("rotations are learned for int8 and int4, not for fp8; use random-hadamard")
         if self.rotations.learned and not (self.weights.enabled or self.kv_cache.enabled):
             raise RecipeError("rotations are learned for what is quantized; set weights.format")
+        if self.learn_affine.enabled and self.activations.format not in ("int8", "int4"):
+            raise RecipeError(
+                f"learn_affine transforms activations that become integers, not {self.activations.format}; "
+                "set activations.format to int8 or int4, or learn_affine.steps to 0"
+            )
+        if self.learn_affine.enabled and (self.rotations.r4.enabled or self.rotations.o_heads.enabled):
+            raise RecipeError(
+                "learn_affine and rotations.r4 or o_heads would transform the same inputs; keep one of them"
+            )
         if self.activations.enabled and not self.weights.enabled:
             raise RecipeError(
                 f"activations.format: {self.activations.format} needs quantized weights; "
@@ -223,6 +233,7 @@ SECTIONS: Final[Mapping[str, type]] = {
     "gptq": GptqSettings,
     "mixed": MixedScheme,
     "learn_rotations": RotationTraining,
+    "learn_affine": AffineTraining,
     "reconstruct": Training,
     "distill": Training,
     "kv_cache": CacheScheme,

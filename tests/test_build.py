@@ -38,7 +38,7 @@ def llama():
 
 
 # How weights were chosen changes no kernel: those recipes differ from these in their codes alone.
-CHOSEN = ("best-", "gptq-", "qat-", "quarot-gptq-", "spinquant-w")
+CHOSEN = ("best-", "gptq-", "qat-", "quarot-gptq-", "spinquant-w", "flatquant-")
 ROUNDING = [
     name
     for name in preset_names()

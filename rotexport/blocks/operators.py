@@ -150,6 +150,13 @@ def _fast_hadamard(inputs: Inputs, _: Attributes) -> Tensor:
     return (left.T @ (blocks @ lo.to(x.dtype))).reshape(x.shape)
 
 
+def _kronecker(inputs: Inputs, _: Attributes) -> Tensor:
+    """(x · scale)(left ⊗ right), as its ONNX body does."""
+    x, scale, left, right = inputs
+    matrices = (x * scale).reshape(-1, len(left), len(right))
+    return (left.T @ (matrices @ right)).reshape(x.shape)
+
+
 def _gelu(inputs: Inputs, attributes: Attributes) -> Tensor:
     kind = attributes.get("approximate", "none")
     return functional.gelu(inputs[0], approximate=kind.decode() if isinstance(kind, bytes) else kind)
@@ -177,6 +184,7 @@ OPERATORS: Final[dict[str, Operator]] = {
     "Greater": lambda x, _: x[0] > x[1],
     "GreaterOrEqual": lambda x, _: x[0] >= x[1],
     "Identity": lambda x, _: x[0],
+    "KroneckerTransform": _kronecker,
     "LayerNormalization": _layer_normalization,
     "Less": lambda x, _: x[0] < x[1],
     "LessOrEqual": lambda x, _: x[0] <= x[1],

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from rotexport.learning.cayley import cayley
 from rotexport.transforms.transform import (
-    Composition,
     Diagonal,
     InvertibleMatrix,
     KroneckerPair,
+    ScaledKronecker,
     Transform,
 )
 
@@ -77,7 +77,7 @@ class KroneckerAffine(nn.Module):  # type: ignore[misc]  # torch is Any here
         with torch.no_grad():
             factors = [InvertibleMatrix(factor.matrix().numpy()) for factor in (exact.left, exact.right)]
             scale = exact.log_scale.exp().numpy()
-        return Composition((Diagonal(scale), KroneckerPair(*factors)))
+        return ScaledKronecker(Diagonal(scale), KroneckerPair(*factors))
 
 
 def _kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:

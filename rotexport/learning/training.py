@@ -96,6 +96,39 @@ class RotationTraining:
         return self.steps > 0
 
 
+@dataclass(frozen=True)
+class AffineTraining:
+    """Adam for `steps` steps a block (0: none) of `batch` windows of the first `windows`; `rate` falls."""
+
+    steps: int = 0
+    batch: int = 1
+    rate: float = 0.005
+    windows: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch", "windows", "seed"):
+            value = getattr(self, key)
+            least = 0 if key in ("steps", "seed") else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise RecipeError(f"{key}: {value!r} is not an integer of at least {least}")
+        if isinstance(self.rate, bool) or not isinstance(self.rate, int | float) or not 0 < self.rate < 1:
+            raise RecipeError(f"rate: {self.rate!r} is not above 0 and below 1")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is anything to do."""
+        return self.steps > 0
+
+    def factor(self, step: int) -> float:
+        """Return the factor of the rate at a step."""
+        return cosine(step, self.steps)
+
+    def batches(self, count: int) -> Iterator[list[int]]:
+        """Return the numbers of each step's windows."""
+        return draw(count, self.steps, self.batch, self.seed)
+
+
 def draw(count: int, times: int, size: int, seed: int) -> Iterator[list[int]]:
     """Yield `times` lists of `size` of `count` numbers; all are drawn before any is drawn again."""
     generator = torch.Generator().manual_seed(seed)

@@ -10,7 +10,8 @@ import onnx_graphsurgeon as gs
 
 from rotexport.errors import TransformError
 from rotexport.transforms import online
-from rotexport.transforms.base import Transform
+from rotexport.transforms.base import Transform, quotient
+from rotexport.transforms.matrices import Diagonal
 from rotexport.transforms.online import Online
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -50,6 +51,37 @@ class KroneckerPair(Transform):
 
     def describe(self) -> str:
         return f"{self.left.describe()} ⊗ {self.right.describe()}"
+
+
+@dataclass(frozen=True)
+class ScaledKronecker(Transform):
+    """T = diag(c) (A ⊗ B): what FlatQuant learns for an input; one operator where it runs online."""
+
+    scale: Diagonal
+    pair: KroneckerPair
+
+    def __post_init__(self) -> None:
+        quotient(self.pair.size, self.scale.size)
+        self._set_size(self.pair.size)
+
+    @property
+    def orthogonal(self) -> bool:
+        return self.scale.orthogonal and self.pair.orthogonal
+
+    def apply(self, x: Array) -> Array:
+        return self.pair.apply(self.scale.apply(x))
+
+    def inverse(self) -> Composition:
+        return Composition((self.pair.inverse(), self.scale.inverse()))
+
+    def contragredient(self) -> ScaledKronecker:
+        return ScaledKronecker(Diagonal(1 / self.scale.values), self.pair.contragredient())
+
+    def online_nodes(self, name: str, x: gs.Variable) -> Online:
+        return online.kronecker(name, x, self.scale.values, self.pair.left.dense(), self.pair.right.dense())
+
+    def describe(self) -> str:
+        return f"scaled {self.pair.describe()}"
 
 
 @dataclass(frozen=True)

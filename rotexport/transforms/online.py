@@ -39,6 +39,15 @@ def fast_hadamard(name: str, x: gs.Variable, signs: Array, base: Array, power: i
     return nodes, result
 
 
+def kronecker(name: str, x: gs.Variable, scale: Array, left: Array, right: Array) -> Online:
+    """Return KroneckerTransform: (x · scale)(left ⊗ right)."""
+    tables = {"scale": scale, "left": left, "right": right}
+    inputs = [x, *(gs.Constant(f"{name}.{key}", table.astype(_dtype(x))) for key, table in tables.items())]
+    nodes, result = _node("KroneckerTransform", name, inputs)
+    nodes[0].domain = DOMAIN
+    return nodes, result
+
+
 def multiply(name: str, x: gs.Variable, vector: Array) -> Online:
     """Return x · vector, elementwise along the last axis."""
     return _node("Mul", name, [x, gs.Constant(f"{name}.factor", vector.astype(_dtype(x)))])

@@ -1,7 +1,7 @@
 """Every transform that recipes, passes and weights name."""
 
 from rotexport.transforms.base import BlockDiagonal, Identity, Transform
-from rotexport.transforms.composites import Composition, KroneckerPair
+from rotexport.transforms.composites import Composition, KroneckerPair, ScaledKronecker
 from rotexport.transforms.hadamard import Hadamard, HeadMix
 from rotexport.transforms.matrices import Diagonal, InvertibleMatrix, OrthogonalMatrix, Permutation
 
@@ -16,5 +16,6 @@ __all__ = [
     "KroneckerPair",
     "OrthogonalMatrix",
     "Permutation",
+    "ScaledKronecker",
     "Transform",
 ]

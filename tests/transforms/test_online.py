@@ -21,6 +21,7 @@ from rotexport.transforms.transform import (
     KroneckerPair,
     OrthogonalMatrix,
     Permutation,
+    ScaledKronecker,
     Transform,
 )
 
@@ -39,6 +40,10 @@ TRANSFORMS = [
     Diagonal(RNG.uniform(0.5, 2, 6)),
     Permutation(RNG.permutation(11)),
     KroneckerPair(OrthogonalMatrix.random(3, 0), Hadamard(20, 20, 1)),
+    ScaledKronecker(
+        Diagonal(np.linspace(0.5, 2, 15)),
+        KroneckerPair(InvertibleMatrix(np.triu(np.ones((3, 3)))), OrthogonalMatrix.random(5, 2)),
+    ),
     BlockDiagonal(Hadamard(12, 12, 1), 3),
     Composition(
         (
