@@ -26,7 +26,7 @@ from rotexport.graph.basis import attention_nodes, new_key
 from rotexport.graph.edit import producer
 from rotexport.graph.io import to_proto
 from rotexport.graph.positions import Positions
-from rotexport.graph.weights import Array
+from rotexport.graph.weights import Array, weight_of
 from rotexport.quant.calibrate import Run
 
 LINEAR_WITHIN = 1e-2  # of the largest mean: half precision rounds on the way
@@ -111,6 +111,9 @@ class KeyPath:
         feeds |= {t.name: rows[None] for t, rows in zip(self.angles, angles, strict=True)}
         ends = (self.source, *self.angles)
         part = gs.Graph(_between(self.key, ends), list(ends), [self.key], opset=23)
+        for tensor in part.tensors().values():
+            if isinstance(tensor, gs.Constant):  # a rotation's tables may wait in a file
+                tensor.values = weight_of(tensor).read()
         typed = {tensor.name: feeds[tensor.name].astype(tensor.dtype) for tensor in ends}
         keys: Array = ReferenceEvaluator(to_proto(part)).run(None, typed)[0][0].astype(np.float64)
         return keys
