@@ -46,6 +46,15 @@ ROUNDING = [
 ]
 
 
+@pytest.mark.parametrize("preset", [name for name in preset_names() if name.startswith("stream")])
+def test_a_streaming_preset_is_the_model_within_its_window(llama, preset: str, tmp_path: Path) -> None:
+    report = rotexport.build(llama, tmp_path / "out", preset)
+    assert report.proof is not None
+    assert report.proof.comparison.sqnr_db > (35 if preset.endswith("kv4") else 50)
+    assert report.cache_bytes
+    assert not report.cache_bytes_per_token
+
+
 @pytest.mark.parametrize("preset", ROUNDING)
 def test_every_preset_becomes_an_engine_with_the_kernels_it_asks_for(
     llama, preset: str, tmp_path: Path
@@ -101,6 +110,13 @@ def test_mixed_precision_keeps_the_worst_sites_wider(llama, tmp_path: Path) -> N
     kept = [found.site for found in report.sensitivities if found.kept_wide]
     assert 0 < len(kept) < len(report.sensitivities) == 14
     assert any("weights kept int8" in note for note in report.notes)
+
+
+def test_a_two_bit_cache_of_heads_whose_rotation_is_kept_in_a_file(tmp_path: Path) -> None:
+    wide = tiny_model("llama", hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64)
+    report = rotexport.build(wide, tmp_path / "out", "quarot-kv2")
+    assert report.proof is not None
+    assert report.proof.comparison.cosine > 0.999  # all tokens of the proof are recent ones, kept in fp16
 
 
 def test_prefill_and_steps_agree_on_a_quantized_cache(llama, tmp_path: Path) -> None:
