@@ -50,7 +50,7 @@ ROUNDING = [
 def test_a_streaming_preset_is_the_model_within_its_window(llama, preset: str, tmp_path: Path) -> None:
     report = rotexport.build(llama, tmp_path / "out", preset)
     assert report.proof is not None
-    assert report.proof.comparison.sqnr_db > (35 if preset.endswith("kv4") else 50)
+    assert report.proof.comparison.sqnr_db > (25 if preset.endswith("kv4") else 50)
     assert report.cache_bytes
     assert not report.cache_bytes_per_token
 
