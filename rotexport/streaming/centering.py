@@ -8,8 +8,9 @@ cos and sin: with the angles a_j = (cos f_1 j, ..., sin f_1 j, ...) of position 
 
 where M [D, R] follows from mu, and from a rotation behind the embedding (R3) if there is one. So a query pays
 R products per cached token for the mean, with angles that all heads and layers share, and no key is touched.
-(SmolLM2-135M, int2 in groups of 16, 128 recent tokens: a mean that does not turn costs 4.5 % perplexity over
-the first thousand tokens and 17 % over the fourth.)
+(SmolLM2-135M on WikiText-2, int2 in groups of 16, 128 recent tokens: 8.9, 10.4, 5.7, 2.1 and 2.7 % more
+perplexity than the float cache over the first five thousands of tokens. With a mean that does not turn it
+grew from thousand to thousand.)
 """
 
 from __future__ import annotations
