@@ -111,7 +111,7 @@ RULES: Final[Mapping[str, tuple[Rule, ...]]] = {
     "tensorrt-rtx": ENGINE_RULES,
     "tensorrt": ENGINE_RULES,
 }
-_BITS: Final = {"none": 16, "int8": 8, "fp8": 8, "int4": 4}
+_BITS: Final = {"none": 16, "int8": 8, "fp8": 8, "int4": 4, "int2": 2}
 
 
 def check(target: str, gpus: Sequence[str], recipe: Recipe) -> tuple[str, ...]:
