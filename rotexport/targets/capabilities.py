@@ -192,9 +192,11 @@ def _nearest_preset(target: str, gpus: Sequence[str], recipe: Recipe) -> str | N
     return min(legal, key=lambda p: _distance(p, recipe)).name if legal else None
 
 
-def _distance(preset: Recipe, recipe: Recipe) -> tuple[int, bool]:
+def _distance(preset: Recipe, recipe: Recipe) -> tuple[bool, int, bool]:
+    streams = preset.attention.streaming != recipe.attention.streaming
     pairs = zip(_widths(preset), _widths(recipe), strict=True)
-    return sum(abs(a - b) for a, b in pairs), preset.rotations.enabled != recipe.rotations.enabled
+    wider = sum(abs(a - b) for a, b in pairs)
+    return streams, wider, preset.rotations.enabled != recipe.rotations.enabled
 
 
 def _widths(recipe: Recipe) -> list[int]:
