@@ -50,13 +50,6 @@ class Asked:
         return replace(self.request, inputs=list((self.inputs | inputs).values()))
 
 
-@pytest.fixture(scope="module")
-def host(emulated: Path) -> Host:
-    if not (emulated / "librotexport_host.so").is_file():
-        pytest.skip("TensorRT's headers are missing: python plugins/tools/fetch_tensorrt_headers.py")
-    return Host(emulated)
-
-
 def test_creators_and_their_fields(host: Host) -> None:
     listed = {creator[0]: creator[1:] for creator in host.creators()}
     for bits, recent in FORMATS:

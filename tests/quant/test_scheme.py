@@ -10,7 +10,7 @@ from rotexport.quant.scheme import ActivationScheme, CacheScheme, WeightScheme, 
     ("make", "words"),
     [
         (lambda: WeightScheme("int5"), "weights.format: 'int5'"),
-        (lambda: WeightScheme("int4", method="gptq"), "weights.method: 'gptq'"),
+        (lambda: WeightScheme("int4", method="awq"), "weights.method: 'awq'"),
         (lambda: WeightScheme("int4", group=0), "weights.group: 0"),
         (lambda: WeightScheme("int4", group="big"), "weights.group: 'big'"),
         (lambda: WeightScheme("int4", group=True), "weights.group: True"),
