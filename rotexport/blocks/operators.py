@@ -14,6 +14,8 @@ from onnx import TensorProto
 from torch import Tensor
 from torch.nn import functional
 
+from rotexport.errors import UnsupportedModelError
+
 Inputs: TypeAlias = "Sequence[Tensor]"
 Attributes: TypeAlias = "Mapping[str, Any]"
 Operator: TypeAlias = "Callable[[Inputs, Attributes], Tensor | tuple[Tensor, ...]]"
@@ -114,7 +116,9 @@ def _rotary_embedding(inputs: Inputs, attributes: Attributes) -> Tensor:
     """x [batch, heads, tokens, size], cos and sin [batch, tokens, rotated / 2]; halves, not interleaved."""
     x, cos, sin = inputs[0], inputs[1].unsqueeze(1), inputs[2].unsqueeze(1)
     if attributes.get("interleaved", 0):
-        raise NotImplementedError("interleaved RotaryEmbedding")
+        raise UnsupportedModelError(
+            "the model rotates interleaved channels, which blocks in PyTorch do not; use method: search"
+        )
     half = cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)

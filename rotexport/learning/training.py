@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -78,11 +79,7 @@ class RotationTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for key in ("steps", "batch", "windows", "seed"):
-            value = getattr(self, key)
-            least = 0 if key in ("steps", "seed") else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise RecipeError(f"{key}: {value!r} is not an integer of at least {least}")
+        _check_counts({key: getattr(self, key) for key in ("steps", "batch", "windows", "seed")})
         if self.loss not in LOSSES:
             raise RecipeError(f"loss: {self.loss!r} is not one of {', '.join(LOSSES)}")
         if isinstance(self.rate, bool) or not isinstance(self.rate, int | float) or not self.rate > 0:
@@ -107,11 +104,7 @@ class AffineTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for key in ("steps", "batch", "windows", "seed"):
-            value = getattr(self, key)
-            least = 0 if key in ("steps", "seed") else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise RecipeError(f"{key}: {value!r} is not an integer of at least {least}")
+        _check_counts({key: getattr(self, key) for key in ("steps", "batch", "windows", "seed")})
         if isinstance(self.rate, bool) or not isinstance(self.rate, int | float) or not 0 < self.rate < 1:
             raise RecipeError(f"rate: {self.rate!r} is not above 0 and below 1")
 
@@ -147,3 +140,10 @@ def cosine(step: int, steps: int) -> float:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check_counts(counts: Mapping[str, Any]) -> None:
+    for key, value in counts.items():
+        least = 0 if key in ("steps", "seed") else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise RecipeError(f"{key}: {value!r} is not an integer of at least {least}")
