@@ -6,7 +6,7 @@ must not be written before it is read; a single step reads and writes one set in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -60,7 +60,7 @@ class BoundedGraph(CachedGraph):
         self.ports = _cache_ports(session, path)
         windows = [port.shape[2] for port in self.ports if port.name.endswith(".window_key")]
         self.call_tokens = max(1, min(call_tokens, *windows))
-        self.whole_prompt = any(port.name.endswith(".window_observed") for port in self.ports)
+        self.whole_prompt = prompt_chooses(port.name for port in self.ports)
         self._current = self._buffers()
         self._other = self._buffers()
 
@@ -107,6 +107,11 @@ class BoundedGraph(CachedGraph):
         import onnxruntime as ort
 
         return {p.name: ort.OrtValue.ortvalue_from_numpy(np.zeros(p.shape, p.dtype)) for p in self.ports}
+
+
+def prompt_chooses(ports: Iterable[str]) -> bool:
+    """Whether the call that starts a stream chooses what stays (SnapKV), by the cache tensors' names."""
+    return any(name.endswith(".window_observed") for name in ports)
 
 
 def call_inputs(tokens: Array, length: int, logits_of: Sequence[int]) -> dict[str, Array]:

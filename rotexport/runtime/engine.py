@@ -17,7 +17,7 @@ import torch
 from rotexport.errors import TargetError, ValidationError
 from rotexport.output import read_manifest
 from rotexport.passes.lasting_positions import LAST_POSITION
-from rotexport.runtime.bounded import call_inputs
+from rotexport.runtime.bounded import call_inputs, prompt_chooses
 from rotexport.runtime.cached import CachedGraph
 from rotexport.targets.capabilities import MODULES
 
@@ -139,6 +139,7 @@ class EngineGraph(CachedGraph):
         self._ports = [name for name in plan.inputs if name.startswith(("cache.", "past_key_values."))]
         windows = [plan.most(name)[2] for name in self._ports if name.endswith(".window_key")]
         self.call_tokens = min([plan.most("input_ids")[1], *windows])
+        self.whole_prompt = prompt_chooses(self._ports)
         self.last_position = LAST_POSITION  # a growing cache ends earlier: with its profile
         self._cache = self._empty_cache()
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support import engines
+from support.builds import streaming_build
 from transformers import PreTrainedModel
 
 from rotexport.checkpoint import open_checkpoint
@@ -17,6 +18,8 @@ from rotexport.export import export
 from rotexport.graph.io import WeightFile, save_model
 from rotexport.runtime.engine import EngineGraph, Plan, load_library, open_engine
 from rotexport.runtime.session import Session
+from rotexport.streaming.eviction import Eviction
+from rotexport.streaming.scheme import AttentionScheme
 
 TOKENS = np.random.default_rng(0).integers(0, 96, 40)
 
@@ -55,6 +58,18 @@ def test_a_prompt_longer_than_the_profile_is_refused(dense_model: Path, tmp_path
     graph = engine(dense_model, tmp_path)
     with pytest.raises(ValidationError, match=r"32 in 'attention_mask', which may be 1 to 24.*--max-length"):
         graph.logits(TOKENS)
+
+
+def test_a_prompt_that_chooses_what_stays_is_never_split(tiny: PreTrainedModel, tmp_path: Path) -> None:
+    eviction = Eviction("snapkv", recent=4, context=64, observe=4)
+    scheme = AttentionScheme("streaming", 2, 12, eviction=eviction)
+    model = streaming_build(tiny, tmp_path / "snap", scheme=scheme)
+    session = Session.over(engine(model, tmp_path))
+    expected = Session(model, threads=1).prefill(TOKENS[:16])
+    np.testing.assert_allclose(session.prefill(TOKENS[:16]), expected, atol=1e-5 * np.abs(expected).max())
+    session.reset()
+    with pytest.raises(ValidationError, match="20 in 'input_ids', which may be 1 to 16"):
+        session.prefill(TOKENS[:20])
 
 
 def test_a_saved_cache_continues(streaming_model: Path, tmp_path: Path) -> None:
