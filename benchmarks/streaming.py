@@ -23,10 +23,8 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from rotexport.evaluate import next_token_logits
 from rotexport.metrics import log_softmax
 from rotexport.progress import anonymous_bytes
-from rotexport.runtime.model import OnnxModel
 from rotexport.runtime.session import Session
 from rotexport.streaming.evaluate import Rereading, without_sinks
 
@@ -129,17 +127,17 @@ class Stream(Follower):
 
 
 class Dense(Follower):
-    """A build with a growing cache, used without it."""
+    """A build with a growing cache, which reads anew instead of keeping it."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self._model, self._reading = OnnxModel(path / "model.onnx"), Rereading()
+        self._graph, self._reading = Session(path).graph, Rereading()
 
     def logits(self, tokens: np.ndarray, start: int, stop: int) -> Iterator[np.ndarray]:
         for begin in range(start, stop, self._reading.stride):
             end = min(begin + self._reading.stride, stop)
             seen = tokens[max(0, end - self._reading.window) : end]
-            yield next_token_logits(self._model, seen)[len(seen) - (end - begin) :]
+            yield self._graph.logits(seen)[len(seen) - (end - begin) :]
 
 
 def _slope(memory: list[int | None], bucket: int) -> float | None:
