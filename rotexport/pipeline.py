@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
+from transformers import PretrainedConfig
 
 from rotexport.graph.basis import attention_nodes, new_key
 from rotexport.graph.edit import sort
@@ -33,7 +34,6 @@ from rotexport.quant.calibrate import InputStatistics
 from rotexport.quant.plan import SitePlan
 from rotexport.quant.scales import WeightQuantizer
 from rotexport.recipe import Recipe, Rotations
-from rotexport.streaming.scheme import stream_format
 from rotexport.targets.layers import Kernel, expected_kernel
 from rotexport.transforms.transform import Composition, Transform
 from rotexport.validate import PassValidator, StreamView
@@ -139,7 +139,7 @@ def quantization_passes(recipe: Recipe, plan: Sequence[SitePlan], calibrated: Ca
     if any(site.activations.enabled for site in plan):
         passes.append(QuantizeActivations(plan, calibrated.statistics))
     if recipe.attention.streaming:
-        ring = stream_format(recipe.kv_cache, recipe.attention.window)
+        ring = recipe.attention.cache_format(recipe.kv_cache)
         passes += [StreamAttention(recipe.attention, ring, calibrated.key_means), LastingPositions()]
     elif recipe.kv_cache.enabled:
         passes.append(QuantizeCache(recipe.kv_cache))
@@ -163,6 +163,21 @@ def plan_sites(graph: gs.Graph, recipe: Recipe) -> list[SitePlan]:
     ]
 
 
+def settle(recipe: Recipe, config: PretrainedConfig) -> tuple[Recipe, tuple[str, ...]]:
+    """Take from a model's configuration what a recipe leaves open; return notes of what was taken.
+
+    Raises:
+        RecipeError: the configuration does not say it, or says what the recipe cannot have.
+
+    """
+    context = getattr(config, "max_position_embeddings", None)
+    attention = recipe.attention.for_context(context)
+    if attention == recipe.attention:
+        return recipe, ()
+    note = f"attention.eviction.context: {context} tokens, the model's max_position_embeddings"
+    return replace(recipe, attention=attention), (note,)
+
+
 def check_attention(graph: gs.Graph, recipe: Recipe) -> None:
     """Swap attention in a copy of an exported graph, to see before any weight is read whether it can be.
 
@@ -171,7 +186,7 @@ def check_attention(graph: gs.Graph, recipe: Recipe) -> None:
 
     """
     if recipe.attention.streaming:
-        ring = stream_format(recipe.kv_cache, recipe.attention.window)
+        ring = recipe.attention.cache_format(recipe.kv_cache)
         keys = {number: new_key(node).shape for number, node in attention_nodes(graph)}
         means = {number: np.zeros((heads, size)) for number, (_, heads, _, size) in keys.items()}
         StreamAttention(recipe.attention, ring, means).run(graph.copy())

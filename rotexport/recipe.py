@@ -20,7 +20,7 @@ from rotexport.errors import RecipeError
 from rotexport.learning.training import AffineTraining, RotationTraining, Training
 from rotexport.metrics import Thresholds
 from rotexport.quant.scheme import ActivationScheme, CacheScheme, GptqSettings, MixedScheme, WeightScheme
-from rotexport.streaming.scheme import AttentionScheme, stream_format
+from rotexport.streaming.scheme import AttentionScheme
 from rotexport.transforms.rotation_file import read_rotation
 from rotexport.transforms.transform import Hadamard, OrthogonalMatrix, Transform
 
@@ -198,7 +198,7 @@ class Recipe:
                 "set weights.format too"
             )
         if self.attention.streaming:
-            stream_format(self.kv_cache, self.attention.window)
+            self.attention.cache_format(self.kv_cache)
         elif (setting := self.kv_cache.bounded_only) is not None:
             raise RecipeError(f"kv_cache.{setting} needs a bounded cache; set attention.kind to streaming")
 

@@ -116,9 +116,10 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a build.
 
     Raises:
-        RotexportError: it has none.
+        RotexportError: it is no build, or has none.
 
     """
+    read_manifest(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise RotexportError(f"'{folder}' has no tokenizer: its model came without one")
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from rotexport.errors import GraphError, RecipeError
+from rotexport.errors import GraphError
 from rotexport.graph.basis import attention_nodes
 from rotexport.graph.edit import consumers, producer, replace_reads
 from rotexport.graph.masks import mask_window
@@ -50,17 +50,15 @@ class StreamAttention(Pass):
         """Take what to do, and if keys are centered every layer's mean [Hk, D] before rotary embedding.
 
         Raises:
-            RecipeError: the cache format and the eviction policy do not go together.
+            RecipeError: the cache format and the eviction policy do not go together, or the policy has no
+                context.
 
         """
         self.scheme = scheme
         self.cache_format = cache_format
         self.key_means = key_means or {}
-        if scheme.eviction.enabled and cache_format.bits is not None:
-            raise RecipeError(
-                f"attention.eviction: {scheme.eviction.policy} keeps tokens in floating point, not in "
-                f"int{cache_format.bits}; set kv_cache.key and kv_cache.value to none, or eviction to none"
-            )
+        scheme.eviction.require_context()
+        scheme.check_format(cache_format)
         if scheme.decay:
             self.preserves = Preserves.CHANGED
         elif cache_format.bits is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from rotexport.errors import RecipeError
@@ -73,6 +73,52 @@ class AttentionScheme:
             return list(self.decay)
         return [float(self.decay)] * heads
 
+    def for_context(self, stated: int | None) -> AttentionScheme:
+        """Return the scheme for a model whose configuration states a context, which a recipe's own overrules.
+
+        Raises:
+            RecipeError: an eviction policy needs a context and neither states one, or it is below the window.
+
+        """
+        if not self.streaming or not self.eviction.enabled:
+            return self
+        context = stated if self.eviction.context is None else self.eviction.context
+        scheme = replace(self, eviction=replace(self.eviction, context=context))
+        scheme.eviction.require_context()
+        return scheme
+
+    def cache_format(self, cache: CacheScheme) -> CacheFormat:
+        """Return how the window stores what the recipe section `kv_cache` asks.
+
+        Raises:
+            RecipeError: streaming attention cannot store this.
+
+        """
+        if cache.key != cache.value:
+            raise RecipeError(
+                f"kv_cache: streaming stores keys and values alike, not {cache.key} and {cache.value}; "
+                "give both one format"
+            )
+        if cache.clip != 1.0:
+            raise RecipeError(
+                f"kv_cache.clip: streaming stores whole ranges, not {cache.clip} of them; set it to 1"
+            )
+        if cache.recent > self.window:
+            raise RecipeError(
+                f"kv_cache.recent: {cache.recent} tokens do not fit the window of {self.window}"
+            )
+        found = CacheFormat.named(cache.key, cache.group, cache.recent, cache.center)
+        self.check_format(found)
+        return found
+
+    def check_format(self, found: CacheFormat) -> None:
+        """Raise RecipeError when the eviction policy cannot keep tokens so."""
+        if self.eviction.enabled and found.bits is not None:
+            raise RecipeError(
+                f"attention.eviction: {self.eviction.policy} keeps tokens in floating point, not in "
+                f"int{found.bits}; set kv_cache.key and kv_cache.value to none, or eviction to none"
+            )
+
     @property
     def streaming(self) -> bool:
         """Whether attention is to be swapped."""
@@ -82,27 +128,6 @@ class AttentionScheme:
     def reach(self) -> int:
         """Tokens of a stream up to which streaming attention sees all that dense attention sees."""
         return self.sinks + self.window
-
-
-def stream_format(cache: CacheScheme, window: int) -> CacheFormat:
-    """Return how a ring of `window` slots stores what the recipe section `kv_cache` asks.
-
-    Raises:
-        RecipeError: streaming attention cannot store this.
-
-    """
-    if cache.key != cache.value:
-        raise RecipeError(
-            f"kv_cache: streaming stores keys and values alike, not {cache.key} and {cache.value}; "
-            "give both one format"
-        )
-    if cache.clip != 1.0:
-        raise RecipeError(
-            f"kv_cache.clip: streaming stores whole ranges, not {cache.clip} of them; set it to 1"
-        )
-    if cache.recent > window:
-        raise RecipeError(f"kv_cache.recent: {cache.recent} tokens do not fit the window of {window}")
-    return CacheFormat.named(cache.key, cache.group, cache.recent, cache.center)
 
 
 def alibi_slopes(heads: int) -> list[float]:

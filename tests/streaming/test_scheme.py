@@ -4,9 +4,9 @@ import pytest
 
 from rotexport.errors import RecipeError
 from rotexport.quant.scheme import CacheScheme
-from rotexport.recipe import Recipe, parse_recipe
+from rotexport.recipe import Recipe, from_mapping, parse_recipe
 from rotexport.streaming.cache import CacheFormat
-from rotexport.streaming.scheme import AttentionScheme, stream_format
+from rotexport.streaming.scheme import AttentionScheme
 
 
 def test_defaults_keep_dense_attention() -> None:
@@ -35,10 +35,10 @@ def test_nonsense_is_refused_with_its_value(values: dict[str, object], named: st
 
 
 def test_a_cache_section_names_a_format() -> None:
-    asked = stream_format(CacheScheme("int2", "int2", 16, recent=128, center=True), 1020)
+    asked = AttentionScheme().cache_format(CacheScheme("int2", "int2", 16, recent=128, center=True))
     assert asked == CacheFormat(2, 16, 128, True)
     assert asked.operator == "SinkWindowAttentionInt2CenteredRecent"
-    assert stream_format(CacheScheme(), 1).operator == "SinkWindowAttention"
+    assert AttentionScheme().cache_format(CacheScheme()).operator == "SinkWindowAttention"
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_cache_section_names_a_format() -> None:
 )
 def test_what_streaming_cannot_store_is_refused(section: CacheScheme, named: str) -> None:
     with pytest.raises(RecipeError, match=named):
-        stream_format(section, 20)
+        AttentionScheme(window=20).cache_format(section)
 
 
 def test_decay_is_one_for_all_one_each_or_alibis() -> None:
@@ -77,3 +77,10 @@ def test_decay_is_one_for_all_one_each_or_alibis() -> None:
 def test_recipes_read_back_what_they_wrote(attention: AttentionScheme) -> None:
     recipe = Recipe(attention=attention)
     assert parse_recipe(recipe.to_yaml(), "recipe.yaml") == recipe
+
+
+def test_eviction_and_codes_are_refused_by_the_recipe_itself() -> None:
+    evicting = {"kind": "streaming", "eviction": {"policy": "snapkv", "context": 8192}}
+    from_mapping({"attention": evicting})
+    with pytest.raises(RecipeError, match="snapkv keeps tokens in floating point, not in int4"):
+        from_mapping({"attention": evicting, "kv_cache": {"key": "int4", "value": "int4"}})
