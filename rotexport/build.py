@@ -36,6 +36,7 @@ from rotexport.pipeline import (
     plan_sites,
     quantization_passes,
     rotation_passes,
+    settle,
 )
 from rotexport.progress import Stages, Verbosity
 from rotexport.quant.calibrate import InputStatistics
@@ -88,6 +89,7 @@ class Prepared:
     samples: Samples
     graph: gs.Graph
     plan: list[SitePlan]
+    notes: tuple[str, ...] = ()
 
 
 def build(
@@ -134,6 +136,7 @@ def prepare(
         raise TargetError(f"target {options.target} runs no plugins; leave out --plugins {options.plugins}")
     with stages("open"):
         checkpoint = open_checkpoint(model, trust_remote_code=options.trust_remote_code)
+        recipe, notes = settle(recipe, checkpoint.config)
         samples = Samples.of(checkpoint, options.calibration, recipe.calibration_windows)
         if recipe.attention.streaming and options.validate:
             samples = samples.within(recipe.attention.reach)
@@ -145,12 +148,13 @@ def prepare(
         if options.plugins is not None:  # without kernels of ours TensorRT runs its own products
             plan = with_operators(plan)
         check_attention(graph, recipe)
-    return Prepared(_source(model), recipe, gpus, checkpoint, samples, graph, plan)
+    return Prepared(_source(model), recipe, gpus, checkpoint, samples, graph, plan, notes)
 
 
 def _compile(prepared: Prepared, options: BuildOptions, folder: Path, stages: Stages) -> BuildReport:
     recipe, graph, samples, plan = prepared.recipe, prepared.graph, prepared.samples, prepared.plan
     found = Findings(prepared.source, recipe, options.target, samples.source)
+    found.notes += prepared.notes
     found.components = summarize_components(analyse(graph))
     with tempfile.TemporaryDirectory(prefix="scratch-", dir=folder) as scratch_folder:
         scratch = Scratch(Path(scratch_folder))

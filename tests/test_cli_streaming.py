@@ -14,6 +14,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 from rotexport.cli import main
+from rotexport.recipe import load_recipe
 from rotexport.report import read_report
 from rotexport.runtime.session import Session
 
@@ -128,6 +129,18 @@ def test_what_cannot_stream_is_refused(
     tiny_model("opt").save_pretrained(opt)
     assert main(["build", str(opt), "-o", str(tmp_path / "no"), "-q", "--set=attention.kind=streaming"]) == 1
     assert "learned positions" in capsys.readouterr().err
+
+
+def test_eviction_takes_its_context_from_the_model(model: Path, tmp_path: Path) -> None:
+    settings = ["attention.kind=streaming", "attention.window=20", "attention.eviction.recent=4"]
+    policy = ["attention.eviction.policy=heavy-hitter"]
+    for name, own, context in (("stated", [], 64), ("explicit", ["attention.eviction.context=32"], 32)):
+        out = tmp_path / name
+        asked = [f"--set={setting}" for setting in (*settings, *policy, *own)]
+        assert main(["build", str(model), "-o", str(out), "--no-validate", "-q", *asked]) == 0
+        assert load_recipe(str(out / "recipe.yaml")).attention.eviction.context == context
+        said = [note for note in read_report(out).notes if note.startswith("attention.eviction.context: 64")]
+        assert bool(said) == (name == "stated")
 
 
 def test_validate_repeats_the_proof_of_a_streaming_build(

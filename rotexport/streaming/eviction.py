@@ -24,8 +24,9 @@ class Eviction:
     """The recipe section `attention.eviction`.
 
     The `recent` newest tokens always stay, as sinks do; a token goes when it is `context` behind, the number
-    of tokens the model was trained on. `forget` multiplies scores per token read (heavy-hitter); the last
-    `observe` tokens of the prompt choose (snapkv).
+    of tokens the model was trained on (None until the model is known: what its configuration states).
+    `forget` multiplies scores per token read (heavy-hitter); the last `observe` tokens of the prompt choose
+    (snapkv).
     """
 
     policy: str = "none"
@@ -47,10 +48,12 @@ class Eviction:
             or not 0 <= self.forget <= 1
         ):
             raise RecipeError(f"attention.eviction.forget: {self.forget!r} is not between 0 and 1")
-        if self.policy != "none" and (not isinstance(self.context, int) or self.context < 1):
+        if self.context is not None and (
+            isinstance(self.context, bool) or not isinstance(self.context, int) or self.context < 1
+        ):
             raise RecipeError(
-                f"attention.eviction.context: {self.context!r} is not a number of tokens; give the length "
-                "the model was trained on (max_position_embeddings in its config.json)"
+                f"attention.eviction.context: {self.context!r} is not a positive number of tokens; give the "
+                "length the model was trained on"
             )
 
     @classmethod
@@ -89,13 +92,22 @@ class Eviction:
             )
         if self.context is not None and self.context < window:
             raise RecipeError(
-                f"attention.eviction.context: {self.context} tokens are fewer than the window of {window}"
+                f"attention.eviction.context: {self.context} tokens are fewer than the window of {window}; "
+                "lower attention.window"
+            )
+
+    def require_context(self) -> None:
+        """Raise RecipeError where a policy does not know how far back the model was trained to look."""
+        if self.enabled and self.context is None:
+            raise RecipeError(
+                "attention.eviction.context: the model's configuration states no max_position_embeddings; "
+                "give the length the model was trained on"
             )
 
     @property
     def attributes(self) -> dict[str, int | float]:
         """The operator's attributes beside those of its sizes."""
-        assert self.context is not None, "checked when the section was made"
+        assert self.context is not None, "required before a cache is made"
         own: dict[str, int | float] = (
             {"forget": float(self.forget)} if self.policy == "heavy-hitter" else {"observe": self.observe}
         )

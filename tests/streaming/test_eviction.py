@@ -139,7 +139,7 @@ def test_rotating_values_changes_no_choice() -> None:
     ("section", "complaint"),
     [
         ("oldest", "'oldest' is not one of none, heavy-hitter, snapkv"),
-        ("heavy-hitter", "context: None is not a number of tokens; give the length"),
+        ({"policy": "heavy-hitter", "context": 0}, "context: 0 is not a positive number of tokens; give the"),
         ({"policy": "snapkv", "context": 8192, "recent": 0}, "recent: 0 is not a positive"),
         ({"policy": "snapkv", "context": 8192, "observe": "all"}, "observe: 'all' is not a positive"),
         ({"policy": "heavy-hitter", "context": 8192, "forget": 1.5}, "forget: 1.5 is not between 0 and 1"),
@@ -152,6 +152,30 @@ def test_rotating_values_changes_no_choice() -> None:
 def test_impossible_policies_are_refused(section: object, complaint: str) -> None:
     with pytest.raises(RecipeError, match=complaint):
         AttentionScheme("streaming", eviction=section)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_model_states_its_context_unless_the_recipe_does(policy: str) -> None:
+    asked = AttentionScheme("streaming", window=200, eviction=policy)
+    assert asked.for_context(8192).eviction.context == 8192
+    explicit = AttentionScheme("streaming", window=200, eviction={"policy": policy, "context": 4096})
+    assert explicit.for_context(8192) == explicit.for_context(None) == explicit
+    with pytest.raises(
+        RecipeError, match=r"64 tokens are fewer than the window of 200; lower attention\.window"
+    ):
+        asked.for_context(64)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_policy_needs_a_context_from_somewhere(policy: str) -> None:
+    asked = AttentionScheme("streaming", eviction=policy)
+    with pytest.raises(RecipeError, match="states no max_position_embeddings; give the length"):
+        asked.for_context(None)
+    with pytest.raises(RecipeError, match="give the length the model was trained on"):
+        StreamAttention(asked)
+    ring = AttentionScheme("streaming")
+    assert ring.for_context(None) == ring, "a ring forgets by itself"
+    StreamAttention(ring)
 
 
 def test_quantized_caches_do_not_evict() -> None:
