@@ -9,11 +9,12 @@ add_compile_options(${ROTEXPORT_SANITIZERS})
 add_link_options(${ROTEXPORT_SANITIZERS})
 
 # Shared, so that the plugin library and the host that feeds it see one device.
-add_library(rotexport_emulator SHARED emulator/device.cpp emulator/fiber.cpp emulator/machine.cpp emulator/memory.cpp)
+add_library(rotexport_emulator SHARED emulator/clocks.cpp emulator/device.cpp emulator/fiber.cpp emulator/machine.cpp
+                                      emulator/machine_async.cpp emulator/memory.cpp emulator/warpgroup.cpp)
 set_target_properties(rotexport_emulator PROPERTIES CXX_VISIBILITY_PRESET default)
 target_compile_options(rotexport_emulator PRIVATE -O2)
 
-add_library(rotexport_planted_bugs SHARED ../tests/plugins/planted_bugs.cpp)
+add_library(rotexport_planted_bugs SHARED ../tests/plugins/planted_bugs.cpp ../tests/plugins/planted_warpgroup_bugs.cpp)
 target_link_libraries(rotexport_planted_bugs PRIVATE rotexport_emulator)
 set_target_properties(rotexport_planted_bugs PROPERTIES CXX_VISIBILITY_PRESET default)
 

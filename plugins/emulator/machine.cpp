@@ -90,19 +90,31 @@ void Machine::launch(const LaunchShape& shape, const std::function<void()>& kern
   }
 }
 
-void Machine::run_block() {
-  const unsigned count = shape_.block;
+void Machine::start_block() {
   at_barrier_ = done_ = barriers_ = 0;
   shared_->forget();
+  clocks_.reset(shape_.block);
+  operand_reads_.reset(shape_.shared_bytes, shape_.block);
+  mbarriers_.clear();
+  tiles_.clear();
+  named_barriers_ = {};
   for (Warp& warp : warps_) warp.barriers = 0;
-  for (unsigned i = 0; i < count; ++i) {
+  for (unsigned i = 0; i < shape_.block; ++i) {
     Thread& thread = threads_[i];
     if (!thread.fiber) thread.fiber = std::make_unique<Fiber>(kStackBytes);
     thread.fiber->reset(&thread_body_);
     thread.state = State::kReady;
     thread.committed.clear();
     thread.uncommitted.clear();
+    thread.product_groups.clear();
+    thread.register_fences = 1;
+    thread.products = 0;
   }
+}
+
+void Machine::run_block() {
+  const unsigned count = shape_.block;
+  start_block();
   std::mt19937_64 random(seed_ + block_);
   const std::vector<unsigned> order = turns(count, seed_ ? &random : nullptr);
   while (done_ < count) {
@@ -114,16 +126,32 @@ void Machine::run_block() {
       threads_[i].fiber->resume();
       if (fault_) throw Fault(*fault_);
     }
+    // Without a schedule tiles arrive as late as they can.
+    if (seed_ ? random() % 2 == 0 || !progress : !progress) progress |= land_tile(seed_ ? &random : nullptr);
+    progress |= wake_waiting();
     if (at_barrier_ == count) {
       finish_barrier();
     } else if (!progress) {
       report_deadlock();
     }
   }
-  for (unsigned i = 0; i < count; ++i) {
-    if (!threads_[i].uncommitted.empty() || !threads_[i].committed.empty()) {
-      throw Fault("thread " + std::to_string(i) + " ended with asynchronous copies that it never waited for");
+  check_end_of_block();
+}
+
+void Machine::check_end_of_block() const {
+  for (unsigned i = 0; i < shape_.block; ++i) {
+    const Thread& thread = threads_[i];
+    const std::string ended = "thread " + std::to_string(i) + " ended with ";
+    if (!thread.uncommitted.empty() || !thread.committed.empty()) {
+      throw Fault(ended + "asynchronous copies that it never waited for");
     }
+    const uint32_t known = clocks_.of(i)[products_entry(shape_.block, i / kWarp)];
+    if (known < thread.products) throw Fault(ended + "products that it never waited for");
+  }
+  for (const Mbarrier& barrier : mbarriers_) {
+    if (barrier.bytes == 0 && tiles_.empty()) continue;
+    throw Fault("the mbarrier at byte " + std::to_string(barrier.offset) + " expects " +
+                std::to_string(barrier.bytes) + " bytes more than were copied");
   }
 }
 
@@ -139,6 +167,7 @@ void Machine::finish_barrier() {
   }
   at_barrier_ = 0;
   ++barriers_;
+  if (clocks_.used()) clocks_.meet(turns(shape_.block, nullptr));
 }
 
 void Machine::report_deadlock() const {
@@ -152,6 +181,17 @@ void Machine::report_deadlock() const {
     message += (shown++ ? "; thread " : "thread ") + std::to_string(i);
     if (thread.state == State::kDone) message += " has returned";
     if (thread.state == State::kAtBarrier) message += " waits at the barrier " + to_string(thread.waiting_at);
+    if (thread.state == State::kAtNamedBarrier) {
+      message += " waits at barrier " + std::to_string(thread.meets_at) + ", " + to_string(thread.waiting_at);
+    }
+    if (thread.state == State::kAtMbarrier) {
+      message += " waits for phase " + std::to_string(thread.parity) + " of the mbarrier at byte " +
+                 std::to_string(mbarriers_[thread.meets_at].offset) + ", " + to_string(thread.waiting_at);
+    }
+    if (thread.state == State::kInWarpgroup) {
+      message += std::string(" waits for its warpgroup in ") + thread.collective + " " +
+                 to_string(thread.waiting_at);
+    }
     if (thread.state == State::kInWarp) {
       char mask[16];
       std::snprintf(mask, sizeof mask, "0x%08x", thread.mask);
@@ -175,8 +215,13 @@ void Machine::abandon(const Fault& fault) {
 void Machine::wait() { threads_[current_].fiber->yield(); }
 
 Accessor Machine::accessor() const {
-  return {first_thread_, first_thread_ + static_cast<uint64_t>(block_) * shape_.block + current_,
-          shape_.block, barriers_, warps_[current_ / kWarp].barriers};
+  return {first_thread_,
+          first_thread_ + static_cast<uint64_t>(block_) * shape_.block + current_,
+          shape_.block,
+          barriers_,
+          warps_[current_ / kWarp].barriers,
+          clocks_.tick(current_),
+          clocks_.used() ? clocks_.of(current_).data() : nullptr};
 }
 
 Region& Machine::region_of(const void* address, size_t bytes, Access kind, const Site& site) {
@@ -190,7 +235,13 @@ Region& Machine::region_of(const void* address, size_t bytes, Access kind, const
 
 void Machine::access(const void* address, size_t bytes, Access kind, const Site& site) {
   try {
-    region_of(address, bytes, kind, site).access(address, bytes, kind, accessor(), site);
+    Region& region = region_of(address, bytes, kind, site);
+    region.access(address, bytes, kind, accessor(), site);
+    const bool writes = kind != Access::kRead && kind != Access::kOperandRead;
+    const auto offset = static_cast<size_t>(static_cast<const char*>(address) - region.data());
+    if (writes && &region == shared_.get() && !operand_reads_.known(offset, bytes, clocks_.of(current_))) {
+      throw Fault("write of an operand of a product that is not known to be done, " + to_string(site));
+    }
   } catch (const Fault& fault) {
     fault_ = std::make_unique<Fault>(fault);
   }
@@ -260,7 +311,12 @@ void Machine::warp_barrier(uint32_t mask, const Site& site) {
   }
   ++warp.barriers;
   const unsigned first = current_ / kWarp * kWarp;
-  for (unsigned lane = 0; lane < kWarp; ++lane) threads_[first + lane].state = State::kReady;
+  std::vector<unsigned> lanes;
+  for (unsigned lane = first; lane < first + kWarp; ++lane) {
+    threads_[lane].state = State::kReady;
+    lanes.push_back(lane);
+  }
+  if (clocks_.used()) clocks_.meet(lanes);
 }
 
 void Machine::copy_async(void* to_shared, const void* from_global, size_t bytes, const Site& site) {
@@ -280,7 +336,7 @@ void Machine::copy_async_wait(size_t groups_left) {
   while (self.committed.size() > groups_left) {
     for (const Copy& copy : self.committed.front()) {
       std::memcpy(copy.to, copy.from, copy.bytes);
-      shared_->land(copy.to, copy.bytes, accessor());
+      shared_->land(copy.to, copy.bytes, accessor().stamp());
     }
     self.committed.erase(self.committed.begin());
   }

@@ -7,11 +7,14 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <random>
 #include <string>
 #include <vector>
 
+#include "emulator/clocks.h"
 #include "emulator/fiber.h"
 #include "emulator/memory.h"
+#include "emulator/warpgroup.h"
 
 namespace emulator {
 
@@ -62,8 +65,33 @@ class Machine {
   void copy_async_commit();
   void copy_async_wait(size_t groups_left);
 
+  // Asynchronous machinery of warpgroups (machine_async.cpp).
+  void named_barrier(unsigned number, unsigned threads, const Site& site);
+  void mbarrier_init(void* at, unsigned arrivals, const Site& site);
+  void mbarrier_arrive(void* at, unsigned expected_bytes, const Site& site);
+  void mbarrier_wait(void* at, unsigned parity, const Site& site);
+  void fence_proxy();
+  // Copies a box of 64 columns to shared memory in the 128-byte swizzle, zeros for what lies outside the
+  // tensor.
+  void copy_tile(void* to, const TileMap& map, const TileIndex& index, void* mbarrier, const Site& site);
+  void warpgroup_arrive() { ++threads_[current_].register_fences; }
+  void warpgroup_product(const ProductKind& kind, const Product& mine, const Site& site);
+  void warpgroup_commit();
+  void warpgroup_wait(size_t groups_left, const Site& site);
+  // Checks an access to registers that products may use.
+  void touch(RegisterGuard& guard, const Site& site);
+  void require_done(const RegisterGuard& guard, const Site& site);
+
  private:
-  enum class State : uint8_t { kReady, kAtBarrier, kInWarp, kDone };
+  enum class State : uint8_t {
+    kReady,
+    kAtBarrier,
+    kInWarp,
+    kAtNamedBarrier,
+    kAtMbarrier,
+    kInWarpgroup,
+    kDone
+  };
 
   struct Copy {
     void* to;
@@ -79,6 +107,11 @@ class Machine {
     uint32_t mask = 0;
     std::vector<std::vector<Copy>> committed;
     std::vector<Copy> uncommitted;
+    unsigned meets_at = 0;  // the named barrier or mbarrier that it waits at
+    unsigned parity = 0;
+    uint32_t register_fences = 1;
+    uint32_t products = 0;
+    std::vector<uint32_t> product_groups;
   };
 
   struct Warp {
@@ -87,6 +120,8 @@ class Machine {
   };
 
   void run_block();
+  void start_block();
+  void check_end_of_block() const;
   void finish_barrier();
   void arrive_in_warp(const char* name, uint32_t mask, const Site& site);
   bool complete_in_warp(uint32_t mask) const;
@@ -96,6 +131,13 @@ class Machine {
   std::string thread_name(unsigned thread) const;
   Region& region_of(const void* address, size_t bytes, Access kind, const Site& site);
   Accessor accessor() const;
+  Mbarrier& mbarrier_at(void* at, const Site& site);
+  void complete_phase(Mbarrier& barrier);
+  bool wake_waiting();
+  bool land_tile(std::mt19937_64* random);
+  void issue_product(const ProductKind& kind, unsigned first, const Site& site);
+  void read_operand(const SharedMatrix& matrix, unsigned lines, unsigned pieces, unsigned first,
+                    uint16_t* content, const Site& site);
 
   std::recursive_mutex mutex_;
   GlobalMemory global_;
@@ -114,6 +156,12 @@ class Machine {
   std::vector<Warp> warps_;
   std::unique_ptr<char[]> shared_storage_;
   std::unique_ptr<Region> shared_;
+  Clocks clocks_;
+  OperandReads operand_reads_;
+  std::vector<Mbarrier> mbarriers_;
+  std::vector<PendingTile> tiles_;
+  std::array<NamedBarrier, 16> named_barriers_;
+  std::vector<Product> products_;
   std::unique_ptr<Fault> fault_;
   std::function<void()> thread_body_;
 };

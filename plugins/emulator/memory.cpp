@@ -4,16 +4,24 @@
 #include <cstring>
 #include <utility>
 
+#include "emulator/clocks.h"
+
 namespace emulator {
 namespace {
 
 constexpr int kPoison = 0xff;  // a NaN in every floating format
 constexpr size_t kAlignment = 256;
 
+bool known(const Stamp& earlier, const Accessor& now) {
+  const uint64_t own = (earlier.thread - now.first_thread) % now.threads_per_block;
+  return now.clock && now.clock[earlier.engine ? earlier.engine : own] >= earlier.tick;
+}
+
 bool ordered_before(const Stamp& earlier, const Accessor& now) {
-  if (earlier.thread < now.first_thread || earlier.thread == now.thread) return true;
+  if (earlier.thread < now.first_thread) return true;
   if (now.block_of(earlier.thread) != now.block_of(now.thread)) return false;
-  if (earlier.barrier < now.barrier) return true;
+  if (earlier.engine) return known(earlier, now);
+  if (earlier.thread == now.thread || earlier.barrier < now.barrier || known(earlier, now)) return true;
   return now.warp_of(earlier.thread) == now.warp_of(now.thread) && earlier.warp_barrier < now.warp_barrier;
 }
 
@@ -36,7 +44,7 @@ bool readers_ordered_before(const Cell& cell, const Accessor& now) {
 }
 
 void record_read(Cell& cell, const Accessor& by) {
-  const Stamp stamp{by.thread, by.barrier, by.warp_barrier};
+  const Stamp stamp = by.stamp();
   if (readers_ordered_before(cell, by)) {
     cell.readers = Readers::kThread;
   } else if (by.block_of(cell.read.thread) != by.block_of(by.thread)) {
@@ -55,6 +63,12 @@ std::string describe(const Stamp& stamp, const Accessor& by) {
 }
 
 }  // namespace
+
+bool Accessor::knows_fence_after(const Stamp& write) const {
+  if (write.engine || write.thread < first_thread) return true;
+  const auto own = static_cast<unsigned>((write.thread - first_thread) % threads_per_block);
+  return clock && clock[fence_entry(threads_per_block, own)] >= write.tick;
+}
 
 std::string to_string(const Site& site) {
   const char* name = std::strrchr(site.file, '/');
@@ -78,8 +92,9 @@ void Region::fail(const std::string& what, size_t offset, size_t bytes, const Si
 
 void Region::check(Cell& cell, size_t offset, size_t bytes, Access kind, const Accessor& by,
                    const Site& site) const {
-  const bool reads = kind == Access::kRead || kind == Access::kAtomic;
-  const bool writes = kind != Access::kRead;
+  const bool operand = kind == Access::kOperandRead;
+  const bool reads = kind == Access::kRead || kind == Access::kAtomic || operand;
+  const bool writes = kind != Access::kRead && !operand;
   if (cell.in_flight) fail("access before the asynchronous copy was waited for", offset, bytes, site);
   if (reads && !cell.written) fail("read of memory that nothing wrote", offset, bytes, site);
   const bool both_atomic = cell.atomic && kind == Access::kAtomic;
@@ -88,6 +103,11 @@ void Region::check(Cell& cell, size_t offset, size_t bytes, Access kind, const A
              describe(cell.write, by),
          offset, bytes, site);
   }
+  if ((operand || kind == Access::kTileWrite) && cell.written && !by.knows_fence_after(cell.write)) {
+    fail("asynchronous access to what " + describe(cell.write, by) + " wrote without a proxy fence", offset,
+         bytes, site);
+  }
+  if (operand) return;  // remembered by OperandReads
   if (writes && !both_atomic && !readers_ordered_before(cell, by)) {
     fail("race: write not ordered after the read of " + describe(cell.read, by), offset, bytes, site);
   }
@@ -95,16 +115,16 @@ void Region::check(Cell& cell, size_t offset, size_t bytes, Access kind, const A
     record_read(cell, by);
     return;
   }
-  cell.write = {by.thread, by.barrier, by.warp_barrier};
+  cell.write = by.stamp();
   cell.readers = Readers::kNone;
   cell.written = true;
   cell.atomic = kind == Access::kAtomic;
-  cell.in_flight = kind == Access::kAsyncWrite;
+  cell.in_flight = kind == Access::kAsyncWrite || kind == Access::kTileWrite;
 }
 
 void Region::access(const void* address, size_t bytes, Access kind, const Accessor& by, const Site& site) {
   const size_t offset = static_cast<const char*>(address) - data_;
-  const char* verb = kind == Access::kRead ? "read" : "write";
+  const char* verb = kind == Access::kRead || kind == Access::kOperandRead ? "read" : "write";
   if (offset > cells_.size() || cells_.size() - offset < bytes) {
     fail(std::string("out-of-bounds ") + verb, offset, bytes, site);
   }
@@ -112,11 +132,11 @@ void Region::access(const void* address, size_t bytes, Access kind, const Access
   for (size_t i = 0; i < bytes; ++i) check(cells_[offset + i], offset, bytes, kind, by, site);
 }
 
-void Region::land(const void* address, size_t bytes, const Accessor& by) {
+void Region::land(const void* address, size_t bytes, const Stamp& stamp) {
   const size_t offset = static_cast<const char*>(address) - data_;
   for (size_t i = 0; i < bytes; ++i) {
     cells_[offset + i].in_flight = false;
-    cells_[offset + i].write = {by.thread, by.barrier, by.warp_barrier};
+    cells_[offset + i].write = stamp;
   }
 }
 

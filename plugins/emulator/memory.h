@@ -32,11 +32,14 @@ class Fault : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// When a thread touched a byte. `thread` counts through all launches; 0 is the host.
+// When a thread touched a byte. `thread` counts through all launches; 0 is the host. What an asynchronous
+// tile copy wrote is known to those that know of the `tick` of its `engine`, an entry of their clocks.
 struct Stamp {
   uint64_t thread = 0;
   uint32_t barrier = 0;
   uint32_t warp_barrier = 0;
+  uint32_t tick = 0;
+  uint32_t engine = 0;  // 0: the thread itself
 };
 
 // Which threads read a byte since it was last written, as far as a later writer has to know.
@@ -51,7 +54,8 @@ struct Cell {
   bool in_flight = false;  // an asynchronous copy to this byte was started and not waited for
 };
 
-enum class Access : uint8_t { kRead, kWrite, kAtomic, kAsyncWrite };
+// Operand reads and tile writes are those of the asynchronous proxy: matrix products and tile copies.
+enum class Access : uint8_t { kRead, kWrite, kAtomic, kAsyncWrite, kOperandRead, kTileWrite };
 
 // The launch, block and thread that an access is made from.
 struct Accessor {
@@ -60,9 +64,14 @@ struct Accessor {
   uint32_t threads_per_block = 1;
   uint32_t barrier = 0;
   uint32_t warp_barrier = 0;
+  uint32_t tick = 0;
+  const uint32_t* clock = nullptr;  // clocks.h; none in blocks that only use barriers of the block and warps
 
   uint64_t block_of(uint64_t id) const { return (id - first_thread) / threads_per_block; }
   uint64_t warp_of(uint64_t id) const { return (id - first_thread) % threads_per_block / 32; }
+  Stamp stamp() const { return {thread, barrier, warp_barrier, tick, 0}; }
+  // Whether the asynchronous proxy sees a write: of its own, the host's, or one that its thread fenced.
+  bool knows_fence_after(const Stamp& write) const;
 };
 
 class Region {
@@ -77,7 +86,7 @@ class Region {
   // Checks and records one access by a thread; throws Fault.
   void access(const void* address, size_t bytes, Access kind, const Accessor& by, const Site& site);
   void mark_written(size_t offset, size_t bytes);                    // by the host
-  void land(const void* address, size_t bytes, const Accessor& by);  // an asynchronous copy arrived
+  void land(const void* address, size_t bytes, const Stamp& stamp);  // an asynchronous copy arrived
   void require_written(size_t offset, size_t bytes) const;           // the host reads
   void forget();                                                     // as if just allocated
 
