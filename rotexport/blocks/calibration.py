@@ -173,7 +173,8 @@ class _Runner:
             self._compute(block, record)
         kept = json.loads(record.read_text())
         for site in kept["sites"]:
-            number_format = weight_format(self.plan[site].weights.format)
+            scheme = self.plan[site].weights
+            number_format = weight_format(scheme.format, scheme.symmetric)
             group = self.plan[site].weight_group
             self.solved[site] = SolvedWeight(self._weights(block), site, number_format, group)
         return BlockResult(block.index, kept["error"], kept["sites"])

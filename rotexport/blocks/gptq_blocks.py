@@ -17,7 +17,7 @@ from rotexport.graph.weights import Array
 from rotexport.passes.quantize_weights import quantizer_of
 from rotexport.quant.formats import weight_format
 from rotexport.quant.gptq import damped, descend, gptq, loss
-from rotexport.quant.grids import FreeScales, Grid, IntegerFactors
+from rotexport.quant.grids import AsymmetricScales, FreeScales, Grid, IntegerFactors
 from rotexport.quant.plan import SitePlan, WeightForm
 from rotexport.quant.scales import QuantizedTensor
 from rotexport.quant.scheme import GptqSettings
@@ -159,18 +159,16 @@ def _alike(sites: Sequence[SitePlan]) -> list[list[SitePlan]]:
 def _apart(tensor: QuantizedTensor, weights: Mapping[str, Array]) -> dict[str, QuantizedTensor]:
     """Cut a quantized weight of all output channels into those of its sites."""
     ends = np.cumsum([weight.shape[1] for weight in weights.values()])
-    factors = tensor.factors
     return {
-        site: QuantizedTensor(
-            tensor.codes[:, end - weight.shape[1] : end],
-            tensor.scales[:, end - weight.shape[1] : end],
-            None if factors is None else factors[:, end - weight.shape[1] : end],
-        )
+        site: tensor.columns(slice(end - weight.shape[1], end))
         for (site, weight), end in zip(weights.items(), ends, strict=True)
     }
 
 
 def _grid(site: SitePlan, weight: Array) -> Grid:
-    number_format = weight_format(site.weights.format)
+    scheme = site.weights
+    number_format = weight_format(scheme.format, scheme.symmetric)
+    if not scheme.symmetric:
+        return AsymmetricScales(number_format, weight, site.weight_group)
     kind = IntegerFactors if site.form is WeightForm.TWO_LEVEL else FreeScales
     return kind(number_format, weight, site.weight_group)

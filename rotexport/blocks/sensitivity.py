@@ -96,9 +96,10 @@ def widened(site: SitePlan, wider: MixedScheme) -> SitePlan:
 
 
 def weight_bytes(site: SitePlan, outputs: int) -> int:
-    """Return what a site's codes and scales take."""
+    """Return what a site's codes, scales and zero points take."""
     groups = site.inputs // site.weight_group
-    bits = site.inputs * BITS[site.weights.format] + groups * SCALE_BITS
+    width = BITS[site.weights.format]
+    bits = site.inputs * width + groups * (SCALE_BITS + (0 if site.weights.symmetric else width))
     return outputs * bits // 8
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 class _RoundClip(torch.autograd.Function):  # type: ignore[misc]  # torch is Any here
     @staticmethod
-    def forward(ctx: Any, steps: Tensor, lowest: float, highest: float) -> Tensor:
+    def forward(ctx: Any, steps: Tensor, lowest: Any, highest: Any) -> Tensor:
         ctx.save_for_backward((steps >= lowest) & (steps <= highest))
         return steps.round().clamp_(lowest, highest)
 
@@ -53,13 +53,16 @@ class _Narrowed(torch.autograd.Function):  # type: ignore[misc]  # torch is Any 
         return gradient, None
 
 
-def round_clip(steps: Tensor, lowest: float, highest: float) -> Tensor:
-    """Return the nearest integers, ties to even, within a range; the gradient is 0 outside it."""
+def round_clip(steps: Tensor, lowest: float | Tensor, highest: float | Tensor) -> Tensor:
+    """Return the nearest integers, ties to even, within a range; the gradient is 0 outside it.
+
+    The ends of the range are whole numbers, or tensors of such that broadcast against `steps`.
+    """
     codes: Tensor = _RoundClip.apply(steps, lowest, highest)
     return codes
 
 
-def fake_quantize(values: Tensor, scale: Tensor, lowest: float, highest: float) -> Tensor:
+def fake_quantize(values: Tensor, scale: Tensor, lowest: float | Tensor, highest: float | Tensor) -> Tensor:
     """Return s · clip(round(v / s)) with LSQ's gradients; `scale` broadcasts against `values`."""
     return round_clip(values / scale, lowest, highest) * scale
 

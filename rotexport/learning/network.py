@@ -129,7 +129,7 @@ def _export(network: Network, students: Sequence[Student], folder: Path, losses:
         plan = [student.planned(site) for site in plan]
         for site in plan:
             if site.site in student.weights:
-                number_format = weight_format(site.weights.format)
+                number_format = weight_format(site.weights.format, site.weights.symmetric)
                 solved[site.site] = SolvedWeight(path, site.site, number_format, site.weight_group)
     return Distilled(plan, solved, losses)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,11 +39,13 @@ class LearnedWeight(nn.Module):  # type: ignore[misc]  # torch is Any here
 
     The trained number of an element is counted in units of its group's first scale, so that one learning
     rate, in steps of the grid, fits every group of every model. Scales are trained by their logarithms.
+    Zero points stay; numbers and codes in here are counted from them.
     """
 
     first_scale: Tensor
     first_channel: Tensor
     first_factor: Tensor | None
+    zeros: Tensor | None
 
     def __init__(self, weight: Tensor, start: QuantizedTensor, grid: WeightGrid) -> None:
         """Start from the codes of `start`, each as near to `weight` [K, N] as its code allows."""
@@ -54,9 +57,10 @@ class LearnedWeight(nn.Module):  # type: ignore[misc]  # torch is Any here
         self.register_buffer("first_channel", channel)
         factor = None
         if start.factors is not None:
-            factor = torch.from_numpy(np.asarray(start.factors, np.float32)).reshape(groups, 1, outputs)
+            factor = _grouped(start.factors, groups)
         self.register_buffer("first_factor", factor)
         self.register_buffer("first_scale", channel if factor is None else channel * factor)
+        self.register_buffer("zeros", None if start.zeros is None else _grouped(start.zeros, groups))
         self.channel = nn.Parameter(torch.zeros_like(channel))
         self.factor = None if factor is None else nn.Parameter(torch.zeros_like(factor))
         self.numbers = nn.Parameter(self._nearest(weight, start))
@@ -65,8 +69,16 @@ class LearnedWeight(nn.Module):  # type: ignore[misc]  # torch is Any here
         """Return numbers [G, g, N] that round to the codes of `start`."""
         groups = (-1, self.grid.group, weight.shape[1])
         codes = torch.from_numpy(np.asarray(start.codes, np.float32)).reshape(groups)
+        codes = codes if self.zeros is None else codes - self.zeros
         offsets = (weight.reshape(groups) / self.first_scale - codes).clamp_(-KEPT_OFFSET, KEPT_OFFSET)
-        return (codes + offsets).clamp_(self.grid.format.lowest, self.grid.format.highest)
+        return (codes + offsets).clamp_(*self._bounds())
+
+    def _bounds(self) -> tuple[Any, Any]:
+        """Return the lowest and the highest code: numbers, or [G, 1, N] with zero points."""
+        number_format = self.grid.format
+        if self.zeros is None:
+            return number_format.lowest, number_format.highest
+        return number_format.lowest - self.zeros, number_format.highest - self.zeros
 
     def scales(self) -> tuple[Tensor, Tensor | None]:
         """Return scales [1 or G, 1, N] and, in two levels, integer factors [G, 1, N]."""
@@ -89,28 +101,41 @@ class LearnedWeight(nn.Module):  # type: ignore[misc]  # torch is Any here
 
     def _codes(self, scale: Tensor) -> Tensor:
         steps = self.numbers * (self.first_scale / scale)
-        return round_clip(steps, self.grid.format.lowest, self.grid.format.highest)
+        return round_clip(steps, *self._bounds())
 
     def project(self) -> None:
         """Bring numbers that left the range back to its ends: outside, no gradient would ever reach them."""
         with torch.no_grad():
             scale, factor = self.scales()
             ratio = (scale if factor is None else scale * factor) / self.first_scale
-            lowest, highest = self.grid.format.lowest * ratio, self.grid.format.highest * ratio
-            torch.clamp(self.numbers, lowest, highest, out=self.numbers)
+            lowest, highest = self._bounds()
+            torch.clamp(self.numbers, lowest * ratio, highest * ratio, out=self.numbers)
 
     def export(self) -> QuantizedTensor:
         """Return the codes, scales and factors of the last forward pass."""
         with torch.no_grad():
             scale, factor = self.scales()
             codes = self._codes(scale if factor is None else scale * factor)
-        storage = np.dtype(np.int8) if self.grid.format.storage == INT4 else self.grid.format.storage
+            codes = codes if self.zeros is None else codes + self.zeros
         outputs = codes.shape[-1]
         return QuantizedTensor(
-            codes.reshape(-1, outputs).numpy().astype(storage).astype(self.grid.format.storage, copy=False),
+            self._stored(codes),
             scale.reshape(-1, outputs).numpy(),
             None if factor is None else factor.reshape(-1, outputs).numpy(),
+            None if self.zeros is None else self._stored(self.zeros),
         )
+
+    def _stored(self, integers: Tensor) -> Any:
+        """Return whole numbers [..., N] as the storage type keeps them, [.., N]."""
+        storage = self.grid.format.storage
+        narrow = np.dtype(np.int8) if storage == INT4 else storage
+        rows = integers.reshape(-1, integers.shape[-1]).numpy()
+        return rows.astype(narrow).astype(storage, copy=False)
+
+
+def _grouped(values: Any, groups: int) -> Tensor:
+    """Return an array [G, N] as float32 [G, 1, N]."""
+    return torch.from_numpy(np.asarray(values, np.float32)).reshape(groups, 1, -1)
 
 
 class ActivationQuantizer(nn.Module):  # type: ignore[misc]  # torch is Any here

@@ -11,7 +11,7 @@ while rotations are learned, others are rounded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +21,8 @@ from rotexport.blocks.calibration import Network
 from rotexport.blocks.split import BlockGraph
 from rotexport.blocks.torch_block import Edit, Edits, TorchBlock
 from rotexport.graph.basis import Absorber, Bases, Component, analyse, residual
-from rotexport.learning.lsq import fake_quantize
 from rotexport.learning.quantizers import ActivationQuantizer, StraightThrough
-from rotexport.quant.formats import WEIGHT_FORMATS
-from rotexport.quant.plan import SitePlan
+from rotexport.learning.rounding import WeightRounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,21 +117,9 @@ def quantizers(network: Network, block: BlockGraph) -> tuple[dict[str, Edit], Ed
                 shared[key] = ActivationQuantizer(scheme, planned.activation_group, learn_clip=False)
             inputs[site.name] = shared[key]
         if planned.weights.enabled and planned.weights.method != "gptq":
-            weights[site.name] = _rounding(planned)
+            weights[site.name] = WeightRounding(planned, int(site.weight.shape[1]), learn_clip=False)
     caches = {name: StraightThrough(edit) for name, edit in network.edits(block).attention.items()}
     return weights, Edits(inputs, {}, caches)
-
-
-def _rounding(site: SitePlan) -> Callable[[Tensor], Tensor]:
-    number_format, group = WEIGHT_FORMATS[site.weights.format], site.weight_group
-
-    def rounded(weight: Tensor) -> Tensor:
-        groups = weight.unflatten(0, (-1, group))
-        scale = groups.detach().abs().amax(1, keepdim=True) / number_format.highest
-        scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
-        return fake_quantize(groups, scale, number_format.lowest, number_format.highest).flatten(0, 1)
-
-    return rounded
 
 
 def _values(network: Network, bases: Bases) -> Sequence[tuple[Component, int]]:

@@ -95,7 +95,8 @@ def make_student(
         site = plan[name]
         if site.weights.enabled:
             kept = torch.float32 if site.activations.enabled else settings.scale_type
-            grid = WeightGrid(weight_format(site.weights.format), site.weight_group, kept)
+            number_format = weight_format(site.weights.format, site.weights.symmetric)
+            grid = WeightGrid(number_format, site.weight_group, kept)
             weights[name] = LearnedWeight(matrix, starts[name], grid)
         if site.activations.enabled:
             scheme, group = site.activations, site.activation_group

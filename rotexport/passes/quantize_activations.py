@@ -228,10 +228,15 @@ def _finish_plain(emitter: Emitter, node: gs.Node, quantized: QuantizedInput) ->
 def _group_weight(node: gs.Node, step: float) -> tuple[list[gs.Node], gs.Constant]:
     """Make a grouped MatMul read its codes [G, g, N] as integers; return the nodes for it, and the scales."""
     reshape = node.inputs[1].inputs[0]
-    codes, scales = reshape.inputs[0].inputs[0].inputs
+    dequantize = reshape.inputs[0].inputs[0]
+    codes, scales, *zeros = dequantize.inputs
     emitter = Emitter(codes.name)
-    values = emitter.dequantize("values", codes, emitter.number("unit", 1))
-    if codes.dtype == INT4:  # a batched product of int4 does not build in TensorRT-RTX
+    if zeros:
+        units = emitter.lazy("units", InMemory(np.ones(scales.shape, np.float32)))
+        values = emitter.dequantize("values", codes, units, zero=zeros[0], **dequantize.attrs)
+    else:
+        values = emitter.dequantize("values", codes, emitter.number("unit", 1))
+    if codes.dtype == INT4 and not zeros:  # a batched product of int4 does not build in TensorRT-RTX
         values = emitter.dequantize("operand", requantized(emitter, values), emitter.number("scale", 1))
     node.inputs[1] = values
     return emitter.nodes, _times(scales, step)

@@ -10,6 +10,8 @@ TensorRT-RTX both run right, the latter as a low-precision kernel:
     grouped     Reshape(DQ(codes [K / g, g, N], scales, axis 1), [K, N]); `quantize_activations` turns it
                 into one integer product per group
 
+Asymmetric weights give every plain or grouped DQ a third input, their zero points; TensorRT refuses those.
+
 The Clip of the two-level form never acts; TensorRT-RTX 1.7 crashes without it. Where activations are
 quantized too, scales stay in float32 whatever the graph's float type: an int8 product scaled in fp16 would
 overflow. The Cast that the float activation needs until then goes with it.
@@ -31,7 +33,7 @@ from rotexport.quant.emit import FLOAT, Emitter, float_type, insert
 from rotexport.quant.formats import ACTIVATION_FORMATS, weight_format
 from rotexport.quant.lazy import Memo, Part, Quantization, QuantizedPart
 from rotexport.quant.plan import SitePlan, WeightForm, planned_nodes
-from rotexport.quant.scales import ScaledRounding, WeightQuantizer
+from rotexport.quant.scales import AsymmetricRounding, ScaledRounding, WeightQuantizer
 
 
 class QuantizeWeights(Pass):
@@ -74,12 +76,12 @@ class QuantizeWeights(Pass):
 
 def quantizer_of(site: SitePlan) -> WeightQuantizer:
     """Return the quantizer that rounds a site's weight as its scheme asks."""
-    return ScaledRounding(
-        weight_format(site.weights.format),
-        site.weight_group,
-        search=site.weights.method != "rtn",
-        two_level=site.form is WeightForm.TWO_LEVEL,
-    )
+    scheme, search = site.weights, site.weights.method != "rtn"
+    number_format = weight_format(scheme.format, scheme.symmetric)
+    if not scheme.symmetric:
+        return AsymmetricRounding(number_format, site.weight_group, search)
+    two_level = site.form is WeightForm.TWO_LEVEL
+    return ScaledRounding(number_format, site.weight_group, search, two_level)
 
 
 def _exact(weight: Weight) -> Weight:
@@ -105,30 +107,30 @@ class _Weight:
         if self.site.form is WeightForm.TWO_LEVEL:
             factors = self._part(Part.FACTORS, groups, outputs)
             products = self.emitter.dequantize("products", codes, factors, axis=0, block_size=group)
-            return self._dequantize(
-                requantized(self.emitter, products), self._part(Part.SCALES, outputs), axis=1
-            )
+            return self._dequantize(requantized(self.emitter, products), (outputs,), axis=1)
         if groups == 1:
-            return self._dequantize(codes, self._part(Part.SCALES, outputs), axis=1)
-        return self._dequantize(codes, self._part(Part.SCALES, groups, outputs), axis=0, block_size=group)
+            return self._dequantize(codes, (outputs,), axis=1)
+        return self._dequantize(codes, (groups, outputs), axis=0, block_size=group)
 
     def _grouped(self, count: int, length: int, outputs: int) -> gs.Variable:
         codes = self._part(Part.CODES, count, length, outputs)
         if self.quantization.groups == 1:
-            values = self._dequantize(codes, self._part(Part.SCALES, outputs), axis=2)
+            values = self._dequantize(codes, (outputs,), axis=2)
         else:
-            scales = self._part(Part.SCALES, count, 1, outputs)
-            values = self._dequantize(codes, scales, axis=1, block_size=length)
+            values = self._dequantize(codes, (count, 1, outputs), axis=1, block_size=length)
         matrix = [count * length, outputs]
         return self.emitter.emit(
             "Reshape", "matrix", [values, self.emitter.integers("shape", matrix)], matrix
         )
 
     def _dequantize(
-        self, codes: gs.Variable | gs.Constant, scales: gs.Constant, **attributes: int
+        self, codes: gs.Variable | gs.Constant, shape: tuple[int, ...], **attributes: int
     ) -> gs.Variable:
+        """Multiply by scales of a shape, less zero points of the same shape where there are any."""
         dtype = self.activation_type if narrow_product(self.site) else None
-        return self.emitter.dequantize("dequantized", codes, scales, dtype, **attributes)
+        scales = self._part(Part.SCALES, *shape)
+        zero = None if self.site.weights.symmetric else self._part(Part.ZEROS, *shape)
+        return self.emitter.dequantize("dequantized", codes, scales, dtype, zero, **attributes)
 
     def _part(self, part: Part, *shape: int) -> gs.Constant:
         weight: Weight = QuantizedPart(self.quantization, part, shape)

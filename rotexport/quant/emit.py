@@ -74,13 +74,15 @@ class Emitter:
         codes: gs.Variable | gs.Constant,
         scale: gs.Constant,
         dtype: np.dtype[Any] | None = None,
+        zero: gs.Constant | None = None,
         **attributes: int,
     ) -> gs.Variable:
         """Append DequantizeLinear; the result has the scale's type unless `dtype` says otherwise."""
         kept = np.dtype(scale.dtype)
         if dtype is not None and dtype != kept:
             attributes["output_dtype"] = onnx.helper.np_dtype_to_tensor_dtype(dtype)
-        return self.emit("DequantizeLinear", label, [codes, scale], codes.shape, dtype or kept, **attributes)
+        inputs = [codes, scale] if zero is None else [codes, scale, zero]
+        return self.emit("DequantizeLinear", label, inputs, codes.shape, dtype or kept, **attributes)
 
     def end_with(self, output: gs.Variable) -> None:
         """Make the last node write `output` in place of its own result."""

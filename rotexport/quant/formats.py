@@ -1,8 +1,9 @@
 """Number formats: which values a code can take, and how real numbers are rounded onto them.
 
-Every format here is symmetric, x ~ code * scale: TensorRT runs nothing else (non-zero zero points are
-parse errors there). A scale maps the largest magnitude onto `highest`. The key/value cache, which no
-integer product reads, is the exception: see `rotexport.passes.quantize_cache`.
+Most grids are symmetric, x ~ code * scale, and a scale maps the largest magnitude onto `highest`: TensorRT
+runs nothing else (non-zero zero points are parse errors there). Elsewhere weights may have zero points,
+x ~ (code - zero) * scale, and then use every code of their type. The key/value cache, which no integer
+product reads, has minima instead: see `rotexport.passes.quantize_cache`.
 """
 
 from __future__ import annotations
@@ -53,6 +54,12 @@ WEIGHT_FORMATS: Final = {
     "fp8": NumberFormat("fp8", FP8, -448, 448),
 }
 
+# With zero points there is no reason to leave a code out.
+ASYMMETRIC_WEIGHT_FORMATS: Final = {
+    "int8": NumberFormat("int8", INT8, -128, 127),
+    "int4": NumberFormat("int4", INT4, -8, 7),
+}
+
 ACTIVATION_FORMATS: Final = {
     # QuantizeLinear saturates at -128, which only values beyond a clip reach.
     "int8": NumberFormat("int8", INT8, -128, 127),
@@ -62,9 +69,9 @@ ACTIVATION_FORMATS: Final = {
 }
 
 
-def weight_format(name: str) -> NumberFormat:
-    """Return the format of weights called `name`."""
-    return _named(name, WEIGHT_FORMATS)
+def weight_format(name: str, symmetric: bool = True) -> NumberFormat:
+    """Return the format of weights called `name`, without or with zero points."""
+    return _named(name, WEIGHT_FORMATS if symmetric else ASYMMETRIC_WEIGHT_FORMATS)
 
 
 def activation_format(name: str) -> NumberFormat:

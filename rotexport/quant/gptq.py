@@ -40,7 +40,7 @@ def loss(weight: Array, quantized: Array, hessian: Array) -> float:
 def gptq(weight: Array, hessian: Array, grid: Grid, settings: GptqSettings) -> Array:
     """Quantize a matrix [K, N] onto `grid`, fitting its scales on the way; return codes [K, N] as floats.
 
-    `hessian` [K, K] is positive definite (see `damped`). Everything is computed in the type of `weight`.
+    Codes are counted from the grid's zero points. `hessian` [K, K] is positive definite (see `damped`). Everything is computed in the type of `weight`.
     """
     permutation = np.arange(len(weight))
     if settings.order == "activation":
@@ -57,7 +57,7 @@ def gptq(weight: Array, hessian: Array, grid: Grid, settings: GptqSettings) -> A
                 members = slice(row, row + grid.group)
                 grid.fit(row // grid.group, remaining[members], importance[members])
             scale = grid.scales(permutation[row] // grid.group)
-            codes[row] = grid.format.round(remaining[row] / scale)
+            codes[row] = grid.rounded(remaining[row] / scale, permutation[row] // grid.group)
             errors[row - start] = (remaining[row] - codes[row] * scale) / upper[row, row]
             remaining[row + 1 : stop] -= np.outer(upper[row, row + 1 : stop], errors[row - start])
         remaining[stop:] -= upper[start:stop, stop:].T @ errors
@@ -90,7 +90,7 @@ def _sweep(codes: Array, hessian: Array, target: Array, grid: Grid, block: int) 
         for row in range(start, stop):
             place = row - start
             best = codes[row] - local[place] / (diagonal[row] * scales[row])
-            new = grid.format.round(best)
+            new = grid.rounded(best, row // grid.group)
             moves[place] = (new - codes[row]) * scales[row]
             codes[row] = new
             local[place + 1 :] += np.outer(hessian[row, row + 1 : stop], moves[place])

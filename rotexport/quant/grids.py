@@ -16,6 +16,8 @@ from rotexport.quant.scales import (
     QuantizedTensor,
     ScaledRounding,
     max_scale,
+    round_centered,
+    spanning_levels,
 )
 
 FINENESS: Final = 2  # as many clipped ranges per group as a search without importance tries
@@ -25,7 +27,8 @@ LARGEST_CHANGE: Final = 2.0  # of a refitted scale: beyond it the least squares 
 class Grid(ABC):
     """Scales of a weight [K, N] in groups of input channels, found one group at a time.
 
-    `importance` [g] weights the squared errors of a group's rows when its scale is fitted.
+    Codes are counted from the zero point, where there is one. `importance` [g] weights the squared errors
+    of a group's rows when its scale is fitted.
     """
 
     def __init__(self, number_format: NumberFormat, group: int) -> None:
@@ -47,6 +50,10 @@ class Grid(ABC):
     @abstractmethod
     def finish(self, codes: Array) -> QuantizedTensor:
         """Return codes [K, N] with the scales, in their storage types."""
+
+    def rounded(self, steps: Array, index: int) -> Array:
+        """Return the codes nearest to rows [..., N] of a group, given in units of their scales."""
+        return self.format.round(steps)
 
     def fit_all(self, weight: Array, importance: Array) -> None:
         """Choose all scales for a weight [K, N]."""
@@ -102,6 +109,33 @@ class FreeScales(Grid):
 
     def finish(self, codes: Array) -> QuantizedTensor:
         return QuantizedTensor(self.stored(codes), self._scales)
+
+
+class AsymmetricScales(FreeScales):
+    """A float32 scale and a zero point per group and output channel."""
+
+    def __init__(self, number_format: NumberFormat, weight: Array, group: int) -> None:
+        super().__init__(number_format, weight, group)
+        self._zeros = np.zeros_like(self._scales)
+
+    def fit(self, index: int, rows: Array, importance: Array) -> None:
+        lowest, count = SEARCH_GRID[self.format.name]
+        least = np.full(rows.shape[1], np.inf, rows.dtype)
+        for clip in np.linspace(1.0, lowest, FINENESS * count, dtype=rows.dtype):
+            scale, zero = spanning_levels(rows.T, self.format, clip)
+            error = round_centered(rows / scale, zero, self.format) * scale - rows
+            total = importance @ np.square(error)
+            better = total < least
+            least = np.where(better, total, least)
+            self._scales[index] = np.where(better, scale, self._scales[index])
+            self._zeros[index] = np.where(better, zero, self._zeros[index])
+
+    def rounded(self, steps: Array, index: int) -> Array:
+        return round_centered(steps, self._zeros[index], self.format)
+
+    def finish(self, codes: Array) -> QuantizedTensor:
+        shifted = codes + np.repeat(self._zeros, self.group, axis=0)
+        return QuantizedTensor(self.stored(shifted), self._scales, zeros=self.stored(self._zeros))
 
 
 class IntegerFactors(Grid):

@@ -19,6 +19,7 @@ class Part(Enum):
     CODES = "codes"
     SCALES = "scales"
     FACTORS = "factors"
+    ZEROS = "zeros"
 
 
 class Memo:
@@ -54,7 +55,7 @@ class Quantization:
 
 @dataclass(frozen=True)
 class QuantizedPart(Weight):
-    """Codes, scales or factors of a quantized weight, row-major in shape `viewed`."""
+    """Codes, scales, factors or zero points of a quantized weight, row-major in shape `viewed`."""
 
     quantization: Quantization
     part: Part
@@ -66,7 +67,7 @@ class QuantizedPart(Weight):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        if self.part is Part.CODES:
+        if self.part in (Part.CODES, Part.ZEROS):
             return self.quantization.quantizer.format.storage
         return np.dtype(np.float32)
 

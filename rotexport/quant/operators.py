@@ -60,6 +60,8 @@ def linear_operator(site: SitePlan) -> LinearOperator | str:
         return "its activations are not scaled as they come"
     if formats not in FORMS:
         return f"there is no kernel for {formats[0]} weights and {formats[1]} activations"
+    if not site.weights.symmetric:
+        return "its weights have zero points"
     operator = _operator(site)
     return next(_refusals(site, operator), operator)
 

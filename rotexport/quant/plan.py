@@ -94,7 +94,8 @@ class SitePlan:
         """
         if not self.weights.enabled or not self.activations.enabled or self.product_group == self.inputs:
             return WeightForm.PLAIN
-        if self.activation_group == self.inputs and self.weights.format == "int4":
+        small = self.weights.format == "int4" and self.weights.symmetric  # times a factor still within int8
+        if self.activation_group == self.inputs and small:
             return WeightForm.TWO_LEVEL
         return WeightForm.GROUPED
 

@@ -4,6 +4,10 @@ A weight W [K, N] is quantized per output channel and group of input channels. W
 shared by the elements w of one group, the squared error is least at s = <w, q> / <q, q>, where it is
 |w|^2 - <w, q>^2 / <q, q>. The search therefore tries codes from a grid of clipped ranges, as QuaRot does
 (arXiv 2404.00456, section 5), but scores each with its own best scale, so a coarse grid suffices.
+
+With zero points the levels of a group reach from its least to its largest weight, zero included, so that
+the zero point is a code. With c = q - z all of the above holds for c, which lies between bounds that are the
+group's own: lowest - z and highest - z.
 """
 
 from __future__ import annotations
@@ -29,12 +33,19 @@ class QuantizedTensor:
     """W[k, n] ~ codes[k, n] * scales[k // group, n], or codes * factors[k // group, n] * scales[0, n].
 
     `codes` [K, N] are in their storage type, `scales` [K / group, N] float32. In a two-level result `scales`
-    is [1, N] and `factors` [K / group, N] holds integers, as float32.
+    is [1, N] and `factors` [K / group, N] holds integers, as float32. With `zeros` [K / group, N], of the
+    codes' type, (codes - zeros) takes the codes' place.
     """
 
     codes: Array
     scales: Array
     factors: Array | None = None
+    zeros: Array | None = None
+
+    def columns(self, part: slice) -> QuantizedTensor:
+        """Return some output channels."""
+        factors, zeros = (None if v is None else v[:, part] for v in (self.factors, self.zeros))
+        return QuantizedTensor(self.codes[:, part], self.scales[:, part], factors, zeros)
 
 
 class WeightQuantizer(Protocol):
@@ -92,6 +103,65 @@ class ScaledRounding:
     def _scale(self, groups: Array) -> Array:
         scale = _searched_scale(groups, self.format) if self.search else max_scale(groups, self.format)
         return scale.astype(np.float32)  # codes are made with the scale that is stored, not a finer one
+
+
+@dataclass(frozen=True)
+class AsymmetricRounding:
+    """Round to nearest on levels between a group's least and largest weight, or between searched ends."""
+
+    format: NumberFormat
+    group: int
+    search: bool
+
+    def quantize(self, weight: Array) -> QuantizedTensor:
+        """Quantize a float matrix [K, N]."""
+        inputs, outputs = weight.shape
+        codes = np.empty((inputs, outputs), np.int8)
+        scales = np.empty((inputs // self.group, outputs), np.float32)
+        zeros = np.empty(scales.shape, np.int8)
+        for columns, groups in _chunks(weight, self.group):
+            scale, zero = self._levels(groups)
+            scale = scale.astype(np.float32)
+            centered = round_centered(groups / scale[..., None], zero[..., None], self.format)
+            codes[:, columns] = (centered + zero[..., None]).reshape(len(groups), inputs).T
+            scales[:, columns], zeros[:, columns] = scale.T, zero.T
+        storage = self.format.storage
+        return QuantizedTensor(codes.astype(storage, copy=False), scales, zeros=zeros.astype(storage))
+
+    def _levels(self, groups: Array) -> tuple[Array, Array]:
+        scale, zero = spanning_levels(groups, self.format, 1.0)
+        if not self.search:
+            return scale, zero
+        best_gain, best, widest = np.zeros_like(scale), np.ones_like(scale), scale
+        units = groups / widest[..., None]  # so that nothing below depends on the weight's magnitude
+        for clip in np.linspace(1.0, *SEARCH_GRID[self.format.name], dtype=groups.dtype):
+            tried, shifted = spanning_levels(units, self.format, clip)
+            codes = round_centered(units / tried[..., None], shifted[..., None], self.format)
+            along, power = _dot(units, codes), np.maximum(_dot(codes, codes), 1)
+            gain = along * along / power
+            better = gain > best_gain
+            best, zero = np.where(better, along / power, best), np.where(better, shifted, zero)
+            best_gain = np.where(better, gain, best_gain)
+        return widest * best, zero
+
+
+def spanning_levels(groups: Array, number_format: NumberFormat, clip: float) -> tuple[Array, Array]:
+    """Return scales and zero points [...] whose levels span `clip` times the range of groups [..., g].
+
+    The range includes zero. Zero points are whole numbers in the type of `groups`.
+    """
+    least = np.minimum(groups.min(axis=-1), 0) * np.asarray(clip, groups.dtype)
+    most = np.maximum(groups.max(axis=-1), 0) * np.asarray(clip, groups.dtype)
+    scale = (most - least) / np.asarray(number_format.highest - number_format.lowest, groups.dtype)
+    scale = np.where(scale > SMALLEST_SCALE, scale, np.ones_like(scale))
+    zero = np.clip(np.rint(number_format.lowest - least / scale), number_format.lowest, number_format.highest)
+    return scale, zero.astype(groups.dtype)
+
+
+def round_centered(steps: Array, zero: Array, number_format: NumberFormat) -> Array:
+    """Return the nearest codes, less their zero points, for values in units of their scale."""
+    centered: Array = np.clip(np.rint(steps), number_format.lowest - zero, number_format.highest - zero)
+    return centered
 
 
 def max_scale(groups: Array, number_format: NumberFormat) -> Array:

@@ -23,7 +23,8 @@ DEFAULT_PERCENTILE: Final = 99.99
 class WeightScheme:
     """How the matrix of a site is stored.
 
-    `group` counts input channels that share a scale; None is one scale per output channel. `method` is
+    `group` counts input channels that share a scale; None is one scale per output channel. Without
+    `symmetric` scales come with zero points, which ONNX Runtime alone runs. `method` is
     "rtn" (scale from the largest magnitude), "search" (scale of least squared error) or "gptq" (least error
     of the layer's output on calibration text; outside blocks, as the head is, "search").
     """
@@ -37,10 +38,10 @@ class WeightScheme:
         _one_of("weights.format", self.format, LINEAR_FORMATS)
         _one_of("weights.method", self.method, METHODS)
         _check_group("weights.group", self.group)
-        if not self.symmetric:
-            raise RecipeError(
-                "weights.symmetric: false is not supported: TensorRT refuses zero points; set it to true"
-            )
+        if not isinstance(self.symmetric, bool):
+            raise RecipeError(f"weights.symmetric: {self.symmetric!r} is not true or false")
+        if not self.symmetric and self.format == "fp8":
+            raise RecipeError("weights.symmetric: false needs integer codes, not fp8; set it to true")
 
     @property
     def enabled(self) -> bool:

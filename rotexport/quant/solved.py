@@ -42,11 +42,12 @@ def save_solved(path: Path, tensors: Mapping[str, QuantizedTensor]) -> None:
     """Write the quantized weights of some sites; the file appears whole or not at all."""
     arrays: dict[str, Array] = {}
     for site, tensor in tensors.items():
-        narrow = tensor.codes.dtype == INT4
-        arrays[f"{site}.codes"] = tensor.codes.astype(np.int8) if narrow else _bits(tensor.codes)
+        arrays[f"{site}.codes"] = _plain(tensor.codes)
         arrays[f"{site}.scales"] = tensor.scales
         if tensor.factors is not None:
             arrays[f"{site}.factors"] = tensor.factors
+        if tensor.zeros is not None:
+            arrays[f"{site}.zeros"] = _plain(tensor.zeros)
     partial = path.with_suffix(".partial.npz")
     np.savez(partial, allow_pickle=False, **arrays)
     partial.rename(path)
@@ -58,17 +59,23 @@ def load_solved(path: Path, site: str, number_format: NumberFormat) -> Quantized
         kept = arrays[f"{site}.codes"]
         same_size = kept.dtype.itemsize == number_format.storage.itemsize and kept.dtype != np.int8
         codes = kept.view(number_format.storage) if same_size else kept.astype(number_format.storage)
-        return QuantizedTensor(codes, arrays[f"{site}.scales"], arrays.get(f"{site}.factors"))
+        zeros = arrays.get(f"{site}.zeros")
+        zeros = None if zeros is None else zeros.astype(number_format.storage)
+        return QuantizedTensor(codes, arrays[f"{site}.scales"], arrays.get(f"{site}.factors"), zeros)
 
 
-def _bits(codes: Array) -> Array:
+def _plain(codes: Array) -> Array:
     """Return codes in a type that NumPy's files know."""
+    if codes.dtype == INT4:
+        return codes.astype(np.int8)
     return codes if codes.dtype == np.int8 else codes.view(np.uint8)
 
 
 def dequantized(tensor: QuantizedTensor) -> Array:
     """Return the float32 matrix [K, N] that codes and scales stand for: integers first, then one rounding."""
     values: Array = tensor.codes.astype(np.float32)
+    if tensor.zeros is not None:
+        values -= np.repeat(tensor.zeros.astype(np.float32), len(values) // len(tensor.zeros), axis=0)
     for multiplier in (tensor.factors, tensor.scales):
         if multiplier is not None:
             values = values * np.repeat(multiplier, len(values) // len(multiplier), axis=0)

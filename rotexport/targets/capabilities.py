@@ -74,6 +74,12 @@ def _int4_weight_only(demand: Demand) -> bool:
 
 
 ENGINE_RULES: Final = (
+    Rule(
+        "zero points",
+        lambda d: d.weights.enabled and not d.weights.symmetric,
+        _NOWHERE,
+        "its parser refuses them; set weights.symmetric to true, or use target onnx",
+    ),
     Rule("bf16", lambda d: d.dtype == "bf16", _AMPERE, "the hardware has no bf16; use --dtype fp16"),
     Rule("fp32", lambda d: d.dtype == "fp32", _AMPERE, "the builder has no fp32 products; use --dtype fp16"),
     Rule("int8", lambda d: "int8" in d.formats, _AMPERE, "its weights would silently run in fp16"),

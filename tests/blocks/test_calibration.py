@@ -39,6 +39,7 @@ SCHEMES = {
     "grouped": W4A8 | {"activations": {"format": "int4", "mode": "dynamic", "group": 32}},
     "per channel": W4A8 | {"weights": {"format": "int4", "method": "gptq"}},
     "weights alone": {"dtype": "fp32", "weights": {"format": "int4", "group": 32, "method": "gptq"}},
+    "asymmetric": W4A8 | {"weights": {"format": "int4", "group": 32, "method": "gptq", "symmetric": False}},
 }
 
 

@@ -7,7 +7,7 @@ import torch
 from rotexport.blocks.fake_quant import CacheQuantizer
 from rotexport.learning.quantizers import ActivationQuantizer, LearnedWeight, StraightThrough, WeightGrid
 from rotexport.quant.formats import weight_format
-from rotexport.quant.scales import QuantizedTensor, ScaledRounding
+from rotexport.quant.scales import AsymmetricRounding, QuantizedTensor, ScaledRounding
 from rotexport.quant.scheme import ActivationScheme
 
 K, N = 48, 10
@@ -72,6 +72,22 @@ def test_export_reproduces_the_trained_forward_bit_for_bit(form: str, group: int
     assert exported.codes.astype(np.float32).max() <= weight.grid.format.highest
     if exported.factors is not None:
         assert set(np.unique(exported.factors)) <= set(range(1, 16))
+
+
+@pytest.mark.parametrize(("form", "group"), [("int4", 16), ("int4", 48), ("int8", 12)])
+def test_zero_points_stay_while_numbers_and_scales_learn(form: str, group: int) -> None:
+    number_format = weight_format(form, symmetric=False)
+    leaning = matrix() + 0.1
+    start = AsymmetricRounding(number_format, group, search=True).quantize(leaning.numpy())
+    weight = LearnedWeight(leaning, start, WeightGrid(number_format, group))
+    np.testing.assert_array_equal(weight.export().codes, start.codes)
+    exported = shaken(weight).export()
+    assert (exported.codes.astype(int) != start.codes.astype(int)).any()
+    np.testing.assert_array_equal(exported.zeros, start.zeros)
+    steps = exported.codes.astype(np.float32) - np.repeat(exported.zeros.astype(np.float32), group, axis=0)
+    np.testing.assert_array_equal(steps * np.repeat(exported.scales, group, axis=0), weight().detach())
+    weight.project()  # numbers outside the range of codes come back to its ends
+    np.testing.assert_array_equal(weight.export().codes, exported.codes)
 
 
 def test_scales_that_are_kept_in_fp16_are_trained_in_fp16() -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from support.graphs import graph_of, ops, run
 
 from rotexport.errors import GraphError
+from rotexport.graph.weights import weight_of
 from rotexport.passes.quantize_activations import QuantizeActivations
 from rotexport.passes.quantize_weights import QuantizeWeights, quantizer_of
 from rotexport.quant.calibrate import InputStatistics
@@ -54,6 +55,8 @@ def integer_model(x, weight, plan):
     row_scale = np.repeat(scale[..., 0], plan.activation_group, axis=1)
     quantized = quantizer_of(plan).quantize(weight.astype(np.float32))
     weight_codes = quantized.codes.astype(np.int64)
+    if quantized.zeros is not None:
+        weight_codes -= np.repeat(quantized.zeros.astype(np.int64), plan.weight_group, axis=0)
     if quantized.factors is not None:
         weight_codes *= np.repeat(quantized.factors, plan.weight_group, axis=0).astype(np.int64)
     weight_scale = np.repeat(quantized.scales, plan.inputs // len(quantized.scales), axis=0).astype(
@@ -80,6 +83,12 @@ SCHEMES = [
     (WeightScheme("int4", 8), ActivationScheme("int4", "dynamic", group=8)),
     (WeightScheme("int8", 8), ActivationScheme("int8", "dynamic", group=8, clip=0.8)),
     (WeightScheme("int4"), ActivationScheme("int4", "dynamic", group=16)),
+    (WeightScheme("int4", symmetric=False), ActivationScheme("int8", "dynamic")),
+    (WeightScheme("int8", symmetric=False), ActivationScheme("int8")),
+    (WeightScheme("int4", 8, symmetric=False), ActivationScheme("int8", "dynamic")),
+    (WeightScheme("int8", 8, symmetric=False), ActivationScheme("int8")),
+    (WeightScheme("int4", 8, symmetric=False), ActivationScheme("int4", "dynamic", group=8)),
+    (WeightScheme("int4", symmetric=False), ActivationScheme("int4", "dynamic", group=16)),
 ]
 
 
@@ -141,7 +150,10 @@ def test_scales_per_group_never_stay_in_one_dequantize_behind_quantized_activati
         product = next(node for node in graph.nodes if node.op == "MatMul")
         dequantize = product.inputs[1].inputs[0]
         assert dequantize.op == "DequantizeLinear"
-        assert "block_size" not in dequantize.attrs
+        if weights.symmetric:
+            assert "block_size" not in dequantize.attrs
+        elif "block_size" in dequantize.attrs:  # zero points need blocks; the scales stay behind the product
+            assert (weight_of(dequantize.inputs[1]).read() == 1).all()
 
 
 @pytest.mark.parametrize("mode", ["static", "dynamic"])

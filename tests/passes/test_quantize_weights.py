@@ -55,6 +55,26 @@ def test_the_graph_multiplies_by_rounded_weights(name, lowest, highest, group):
     assert attributes == ({"axis": 1} if group is None else {"axis": 0, "block_size": 8})
 
 
+@pytest.mark.parametrize(("name", "lowest", "highest"), [("int8", -128, 127), ("int4", -8, 7)])
+@pytest.mark.parametrize("group", [None, 8])
+def test_asymmetric_weights_have_zero_points(name, lowest, highest, group):
+    graph, weight = linear()
+    weight += np.float32(0.5)  # in place: leaning to one side
+    QuantizeWeights([site(WeightScheme(name, group, symmetric=False, method="rtn"))]).run(graph)
+    x = np.random.default_rng(0).standard_normal((2, 3, K)).astype(np.float32)
+    groups = weight.astype(np.float64).reshape(-1, group or K, N)
+    least = np.minimum(groups.min(axis=1, keepdims=True), 0)
+    scale = (np.maximum(groups.max(axis=1, keepdims=True), 0) - least) / (highest - lowest)
+    zero = np.clip(np.rint(lowest - least / scale), lowest, highest)
+    steps = np.clip(np.rint(groups / scale), lowest - zero, highest - zero)
+    expected = x.astype(np.float64) @ (steps * scale).reshape(weight.shape)
+    assert np.allclose(run(graph, x=x)[0], expected, rtol=1e-5, atol=1e-5)
+    assert ops(graph) == ["DequantizeLinear", "MatMul"]
+    codes, scales, zeros = graph.nodes[0].inputs
+    assert zeros.dtype == codes.dtype and zeros.shape == scales.shape
+    assert (weight_of(zeros).read().astype(int) != 0).any()
+
+
 def test_the_matmul_keeps_its_name():
     graph, _ = linear()
     name = graph.nodes[0].name

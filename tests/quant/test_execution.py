@@ -26,6 +26,11 @@ def forms():
     for weights in ("int8", "int4", "fp8"):
         for group in (None, 16):
             yield WeightScheme(weights, group), ActivationScheme()
+            if weights != "fp8":
+                yield WeightScheme(weights, group, symmetric=False), ActivationScheme()
+    for group in (None, 16):
+        yield WeightScheme("int4", group, symmetric=False), ActivationScheme("int8", "dynamic")
+        yield WeightScheme("int8", group, symmetric=False), ActivationScheme("int8")
     for mode in ("static", "dynamic"):
         yield WeightScheme("fp8"), ActivationScheme("fp8", mode)
         yield WeightScheme("int8"), ActivationScheme("int8", mode)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from rotexport.errors import RecipeError
 from rotexport.quant.formats import weight_format
 from rotexport.quant.gptq import damped, descend, gptq, inverse_factor, loss
-from rotexport.quant.grids import FreeScales, Grid, IntegerFactors
-from rotexport.quant.scales import ScaledRounding
+from rotexport.quant.grids import AsymmetricScales, FreeScales, Grid, IntegerFactors
+from rotexport.quant.scales import AsymmetricRounding, ScaledRounding
 from rotexport.quant.scheme import GptqSettings
 
 INT4 = weight_format("int4")
@@ -106,6 +106,91 @@ def test_every_step_lowers_the_loss(two_level: bool, group: int) -> None:
 def dequantized(result, group: int) -> np.ndarray:
     scales = result.scales if result.factors is None else result.scales * result.factors
     return result.codes.astype(np.float64) * np.repeat(scales, group, axis=0)
+
+
+def fitted_levels(rows: np.ndarray, importance: np.ndarray) -> tuple[float, float]:
+    """Search the ends of one group's 16 levels: least weighted error, scale and zero point."""
+    best = (np.inf, 1.0, 0.0)
+    for clip in np.linspace(1.0, 0.5, 24):
+        least, most = min(0.0, rows.min()) * clip, max(0.0, rows.max()) * clip
+        scale = (most - least) / 15
+        zero = np.clip(np.rint(-8 - least / scale), -8, 7)
+        steps = np.clip(np.rint(rows / scale), -8 - zero, 7 - zero)
+        best = min(best, (float(importance @ (steps * scale - rows) ** 2), scale, zero))
+    return best[1], best[2]
+
+
+def asymmetric_reference(weight, hessian, group, order) -> np.ndarray:
+    """Quantize with zero points, channel by channel of the output, fitting levels to the updated weight.
+
+    The free inputs are solved for densely after every step; importance is the loss that an error of one input
+    leaves once all later inputs have made up for it: the Schur complement's entry.
+    """
+    result = np.empty_like(weight)
+    inputs = len(weight)
+    importance = np.empty(inputs)
+    for step, row in enumerate(order):
+        later = order[step + 1 :]
+        inner = np.linalg.solve(hessian[np.ix_(later, later)], hessian[later, row])
+        importance[row] = hessian[row, row] - hessian[row, later] @ inner
+    natural = (order == np.arange(inputs)).all()
+    for n in range(weight.shape[1]):
+        values, levels = weight[:, n].copy(), {}
+        if not natural:
+            for g in range(inputs // group):
+                rows = slice(g * group, (g + 1) * group)
+                levels[g] = fitted_levels(weight[rows, n], hessian.diagonal()[rows])
+        for step, row in enumerate(order):
+            g = row // group
+            if g not in levels:
+                rows = slice(g * group, (g + 1) * group)
+                levels[g] = fitted_levels(values[rows], importance[rows])
+            scale, zero = np.float64(np.float32(levels[g][0])), levels[g][1]
+            values[row] = np.clip(np.rint(values[row] / scale), -8 - zero, 7 - zero) * scale
+            fixed, free = order[: step + 1], order[step + 1 :]
+            shift = np.linalg.solve(
+                hessian[np.ix_(free, free)], hessian[np.ix_(free, fixed)] @ (values - weight[:, n])[fixed]
+            )
+            values[free] = weight[free, n] - shift
+        result[:, n] = values
+    return result
+
+
+@pytest.mark.parametrize("order", ["natural", "activation"])
+@pytest.mark.parametrize(("inputs", "group"), [(24, 24), (24, 8), (30, 6)])
+def test_with_zero_points_it_is_what_a_dense_solution_gives(order: str, inputs: int, group: int) -> None:
+    weight, hessian = problem(inputs, 7)
+    weight += 0.7  # leaning to one side
+    grid = AsymmetricScales(weight_format("int4", symmetric=False), weight, group)
+    codes = gptq(weight, hessian, grid, GptqSettings(order=order, block=5))
+    places = np.argsort(-hessian.diagonal(), kind="stable") if order == "activation" else np.arange(inputs)
+    expected = asymmetric_reference(weight, hessian, group, places)
+    found = offset_values(grid.finish(codes), group)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert abs(loss(weight, found, hessian) - loss(weight, expected, hessian)) < 1e-6
+
+
+@pytest.mark.parametrize("group", [16, 64])
+def test_every_step_lowers_the_loss_with_zero_points(group: int) -> None:
+    weight, hessian = problem(64, 48)
+    weight += 0.7
+    number_format = weight_format("int4", symmetric=False)
+    rounded = AsymmetricRounding(number_format, group, search=True).quantize(weight)
+    grid = AsymmetricScales(number_format, weight, group)
+    codes = gptq(weight, hessian, grid, GptqSettings())
+    after_gptq = loss(weight, offset_values(grid.finish(codes), group), hessian)
+    codes = descend(weight, codes, hessian, grid, GptqSettings(sweeps=2))
+    after_sweeps = loss(weight, offset_values(grid.finish(codes), group), hessian)
+    symmetric = FreeScales(INT4, weight, group)
+    plain = gptq(weight, hessian, symmetric, GptqSettings())
+    assert after_gptq < 0.65 * loss(weight, offset_values(rounded, group), hessian)
+    assert after_sweeps < 0.99 * after_gptq
+    assert after_gptq < loss(weight, dequantized(symmetric.finish(plain), group), hessian)
+
+
+def offset_values(result, group: int) -> np.ndarray:
+    steps = result.codes.astype(np.float64) - np.repeat(result.zeros.astype(np.float64), group, axis=0)
+    return steps * np.repeat(result.scales, group, axis=0)
 
 
 def test_without_correlation_it_is_rounding() -> None:

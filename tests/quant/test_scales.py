@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rotexport.quant import scales
-from rotexport.quant.formats import WEIGHT_FORMATS
-from rotexport.quant.scales import ScaledRounding
+from rotexport.quant.formats import WEIGHT_FORMATS, weight_format
+from rotexport.quant.scales import AsymmetricRounding, ScaledRounding
 
 FORMATS = sorted(WEIGHT_FORMATS)
 
@@ -127,3 +127,67 @@ def test_the_result_does_not_depend_on_the_chunks(monkeypatch):
     pieces = quantized(weight, "int4", 8, search=True)
     assert np.array_equal(whole.codes, pieces.codes)
     assert np.array_equal(whole.scales, pieces.scales)
+
+
+def asymmetric(weight, name, group, *, search=False):
+    return AsymmetricRounding(weight_format(name, symmetric=False), group, search).quantize(weight)
+
+
+def offset_values(result):
+    """Return (codes - zeros) * scales in float64."""
+    group = len(result.codes) // len(result.scales)
+    steps = result.codes.astype(np.float64) - np.repeat(result.zeros.astype(np.float64), group, axis=0)
+    return steps * np.repeat(result.scales, group, axis=0).astype(np.float64)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    shape=shapes(),
+    name=st.sampled_from(["int8", "int4"]),
+    shift=st.sampled_from([-2.0, 0.0, 0.5, 5.0]),
+    seed=st.integers(0, 99),
+)
+def test_asymmetric_rounding_equals_a_loop(shape, name, shift, seed):
+    groups, group, outputs = shape
+    weight = gaussian(groups * group, outputs, seed) + np.float32(shift)
+    result = asymmetric(weight, name, group)
+    lowest, highest = {"int8": (-128, 127), "int4": (-8, 7)}[name]
+    for n in range(outputs):
+        for g in range(groups):
+            part = slice(g * group, (g + 1) * group)
+            least, most = min(0.0, weight[part, n].min()), max(0.0, weight[part, n].max())
+            scale = (float(most) - float(least)) / (highest - lowest)
+            assert result.scales[g, n] == pytest.approx(scale, rel=1e-6)
+            zero = int(result.zeros[g, n])
+            assert abs(zero - (lowest - float(least) / scale)) <= 0.5 + 1e-3
+            for code, w in zip(result.codes[part, n].astype(int), weight[part, n], strict=True):
+                nearest = min(max(float(w) / scale, lowest - zero), highest - zero)
+                assert abs(code - zero - nearest) <= 0.5 + 1e-3
+
+
+def test_zero_points_help_where_weights_lean_to_one_side():
+    weight = gaussian(64, 40) + np.float32(1.5)
+    for search in (False, True):
+        offset = float(((offset_values(asymmetric(weight, "int4", 16, search=search)) - weight) ** 2).sum())
+        assert offset < 0.5 * squared_error(quantized(weight, "int4", 16, search=search), weight)
+
+
+@settings(deadline=None, max_examples=25)
+@given(shape=shapes(), name=st.sampled_from(["int8", "int4"]), seed=st.integers(0, 99))
+def test_the_asymmetric_search_is_never_worse_than_rounding(shape, name, seed):
+    groups, group, outputs = shape
+    weight = np.random.default_rng(seed).standard_t(3, (groups * group, outputs)).astype(np.float32)
+    errors = [
+        float(((offset_values(asymmetric(weight, name, group, search=search)) - weight) ** 2).sum())
+        for search in (False, True)
+    ]
+    assert errors[1] <= errors[0] * (1 + 1e-5) + 1e-10
+
+
+def test_asymmetric_groups_of_zeros_stay_zero():
+    weight = gaussian(8, 3)
+    weight[:4, 1] = 0
+    result = asymmetric(weight, "int4", 4, search=True)
+    assert (offset_values(result)[:4, 1] == 0).all()
+    assert np.isfinite(result.scales).all() and (result.scales > 0).all()
+    assert result.zeros.dtype == result.codes.dtype == weight_format("int4").storage

@@ -9,7 +9,7 @@ import pytest
 
 from rotexport.errors import GraphError
 from rotexport.quant.formats import weight_format
-from rotexport.quant.scales import ScaledRounding
+from rotexport.quant.scales import AsymmetricRounding, ScaledRounding
 from rotexport.quant.solved import SolvedWeight, dequantized, save_solved
 
 WEIGHT = np.random.default_rng(0).standard_normal((64, 6)).astype(np.float32)
@@ -38,3 +38,15 @@ def test_codes_of_another_matrix_are_refused(tmp_path: Path) -> None:
     solved = SolvedWeight(tmp_path / "block-0.npz", "0.up", weight_format("int8"), 64)
     with pytest.raises(GraphError, match=r"site 0\.up: .* holds codes \(64, 6\), not \(64, 8\)"):
         solved.quantize(np.zeros((64, 8), np.float32))
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_zero_points_are_kept(name: str, tmp_path: Path) -> None:
+    number_format = weight_format(name, symmetric=False)
+    tensor = AsymmetricRounding(number_format, 16, search=True).quantize(WEIGHT + 1)
+    save_solved(tmp_path / "block-0.npz", {"0.up": tensor})
+    read = SolvedWeight(tmp_path / "block-0.npz", "0.up", number_format, 16).quantize(WEIGHT)
+    assert read.zeros is not None and read.zeros.dtype == number_format.storage
+    np.testing.assert_array_equal(read.zeros.astype(int), tensor.zeros.astype(int))
+    np.testing.assert_array_equal(dequantized(read), dequantized(tensor))
+    np.testing.assert_allclose(dequantized(read), WEIGHT + 1, atol=0.6 * np.ptp(WEIGHT + 1) / 15)

@@ -48,6 +48,16 @@ def test_formats_that_would_be_dequantized_on_every_run_are_refused():
     check("tensorrt-rtx", ["sm89"], load_recipe("w8a8-dynamic", ["weights.group=64"]))
 
 
+def test_zero_points_run_in_onnx_runtime_alone():
+    recipe = load_recipe("w4a16", ["weights.symmetric=false"])
+    check("onnx", [], recipe)
+    for target in ("tensorrt-rtx", "tensorrt"):
+        with pytest.raises(
+            TargetError, match=r"no native zero points.*symmetric to true, or use target onnx"
+        ):
+            check(target, ["sm89"], recipe)
+
+
 def test_dtypes():
     bf16 = replace(load_recipe("w8a8"), dtype="bf16")
     check("tensorrt-rtx", ["sm80"], bf16)
