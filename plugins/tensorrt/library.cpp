@@ -1,5 +1,7 @@
 // The two symbols by which TensorRT finds the plugins of a library. Nothing here needs libnvinfer.
 
+#include "tensorrt/library.h"
+
 #include "tensorrt/attention_plugin.h"
 #include "tensorrt/fast_hadamard_plugin.h"
 #include "tensorrt/quantized_linear_plugin.h"
@@ -25,11 +27,16 @@ struct Creators {
 
 }  // namespace
 
+const std::vector<nvinfer1::IPluginCreatorInterface*>& rotexport::creators() {
+  static const Creators made;
+  return made.all;
+}
+
 extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(
     int32_t& count) {
-  static Creators creators;
-  count = static_cast<int32_t>(creators.all.size());
-  return creators.all.data();
+  const auto& all = rotexport::creators();
+  count = static_cast<int32_t>(all.size());
+  return all.data();
 }
 
 extern "C" __attribute__((visibility("default"))) void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {

@@ -79,6 +79,15 @@ class KernelCount:
 
 
 @dataclass(frozen=True)
+class BodyCount:
+    """Nodes of ours that run as their operators' bodies, because no kernel of the library takes them."""
+
+    operator: str
+    reason: str
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class EngineSummary:
     """One engine file."""
 
@@ -88,6 +97,7 @@ class EngineSummary:
     size: int
     seconds: float
     kernels: tuple[KernelCount, ...] = ()
+    bodies: tuple[BodyCount, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from rotexport.quant.plan import SitePlan
 from rotexport.recipe import Recipe
 from rotexport.report.data import (
     BlockSummary,
+    BodyCount,
     BuildReport,
     ComponentSummary,
     EngineSummary,
@@ -262,7 +263,15 @@ def _engine(engine: EngineReport, plan: Sequence[SitePlan]) -> EngineSummary:
         size=engine.size,
         seconds=engine.seconds,
         kernels=tuple(KernelCount(role, kernel, count) for (role, kernel), count in counts.items()),
+        bodies=_bodies(engine),
     )
+
+
+def _bodies(engine: EngineReport) -> tuple[BodyCount, ...]:
+    nodes: dict[tuple[str, str], list[str]] = {}
+    for refusal in engine.refused:
+        nodes.setdefault((refusal.operator, refusal.reason), []).append(refusal.node)
+    return tuple(BodyCount(*kind, tuple(names)) for kind, names in nodes.items())
 
 
 def _files(folder: Path) -> list[Path]:
@@ -292,6 +301,10 @@ def summary(report: BuildReport) -> str:
         f"engine {e.target} {e.gpu}: {e.size / 1e6:.0f} MB in {e.seconds:.1f} s" for e in report.engines
     ]
     lines += [f"note: {note}" for note in report.notes]
+    lines += [
+        f"note: {len(body.nodes)} {body.operator} run as their bodies: {body.reason}"
+        for body in (report.engines[0].bodies if report.engines else ())
+    ]
     return "\n".join(lines)
 
 

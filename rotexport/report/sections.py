@@ -263,6 +263,13 @@ def engines(report: BuildReport) -> str:
             "<h3>What each matrix product became</h3>\n",
             table(["Product", *(engine.gpu for engine in report.engines)], rows),
         ]
+    bodies = report.engines[0].bodies  # asked of the library, not of a GPU
+    if bodies:
+        rows = [[body.operator, body.reason, ", ".join(body.nodes)] for body in bodies]
+        parts += [
+            "<h3>Operators without a kernel</h3>\n<p>They run as their bodies of standard operators.</p>\n",
+            table(["Operator", "why", "nodes"], rows),
+        ]
     return "".join(parts)
 
 

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -17,12 +17,13 @@ import onnx
 from rotexport.errors import OutputError, TargetError
 from rotexport.plugins import test_library
 from rotexport.targets import builder_process
+from rotexport.targets.acceptance import Refusal, split_calls
 from rotexport.targets.capabilities import MODULES
 from rotexport.targets.inlining import inline
 from rotexport.targets.layers import Kernel, Layer, assert_kernels, parse_layers
 from rotexport.targets.lint import lint
 from rotexport.targets.lowering import lower
-from rotexport.targets.profiles import Profiles, Shapes, input_shapes
+from rotexport.targets.profiles import Profiles, Range, Shapes, input_shapes
 
 _TAIL: Final = 8  # lines of a failed builder's output that go into the error
 
@@ -31,7 +32,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class EngineReport:
-    """One plan: where it is, what it took, and which layers the builder made."""
+    """One plan: where it is, what it took, which layers the builder made, and what no kernel of ours took."""
 
     target: str
     gpu: str
@@ -39,13 +40,15 @@ class EngineReport:
     size: int
     seconds: float
     layers: tuple[Layer, ...]
+    refused: tuple[Refusal, ...] = ()
 
 
 @dataclass(frozen=True)
 class EngineRequest:
     """What to build: a saved model for GPUs (`sm89`) and shapes, and the kernel each MatMul must become.
 
-    `plugins` is a library whose operators keep their nodes, so that the builder takes its kernels for them.
+    `plugins` is a library of kernels. Nodes that they take stay, for the builder to find them; others are
+    expanded.
     """
 
     model: Path
@@ -70,10 +73,14 @@ def build_engines(request: EngineRequest, directory: Path, progress: Progress) -
         OutputError: the directory cannot be written.
 
     """
-    provided = {creator.name for creator in test_library(request.plugins)} if request.plugins else set()
-    model = inline(onnx.load(str(request.model), load_external_data=False), request.model.parent, provided)
+    model = onnx.load(str(request.model), load_external_data=False)
+    ranges = _ranges(request)
+    kept, refused = _calls(request, model, ranges)
+    model = inline(model, request.model.parent, kept)
     lint(model)
-    shapes = _profiles(request, model)
+    shapes = [input_shapes(model, one) for one in ranges]
+    bodies = {refusal.node for refusal in refused}
+    request = replace(request, kernels={n: k for n, k in request.kernels.items() if n not in bodies})
     lowered = request.model.with_suffix(f".{request.target}.onnx")  # beside it, so that the weights are found
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -82,7 +89,8 @@ def build_engines(request: EngineRequest, directory: Path, progress: Progress) -
         for gpu in request.gpus:
             name = f"{request.target}-{gpu}"
             progress(name)
-            reports.append(_build(lowered, directory / f"{name}.plan", request, gpu, shapes))
+            report = _build(lowered, directory / f"{name}.plan", request, gpu, shapes)
+            reports.append(replace(report, refused=tuple(refused)))
         return reports
     except OSError as error:
         raise OutputError(f"cannot write engines to '{directory}': {error.strerror}") from error
@@ -90,11 +98,20 @@ def build_engines(request: EngineRequest, directory: Path, progress: Progress) -
         lowered.unlink(missing_ok=True)
 
 
-def _profiles(request: EngineRequest, model: onnx.ModelProto) -> list[Shapes]:
+def _ranges(request: EngineRequest) -> list[dict[str, Range]]:
     """One profile for TensorRT-RTX, which specializes kernels as it meets shapes; two for TensorRT."""
     limits = request.profiles
-    ranges = [limits.whole()] if request.target == "tensorrt-rtx" else limits.split()
-    return [input_shapes(model, one) for one in ranges]
+    return [limits.whole()] if request.target == "tensorrt-rtx" else limits.split()
+
+
+def _calls(
+    request: EngineRequest, model: onnx.ModelProto, ranges: list[dict[str, Range]]
+) -> tuple[list[str], list[Refusal]]:
+    """Return the names of the nodes that kernels take, and the calls that they do not."""
+    if request.plugins is None:
+        return [], []
+    provided = {creator.name for creator in test_library(request.plugins)}
+    return split_calls(model, provided, request.plugins, ranges)
 
 
 def _build(model: Path, plan: Path, request: EngineRequest, gpu: str, profiles: list[Shapes]) -> EngineReport:

@@ -21,26 +21,31 @@ from onnx.inliner import inline_selected_functions
 from onnx.reference import ReferenceEvaluator
 
 LARGEST_TABLE: Final = 1 << 20  # elements of a constant that bodies compute with
+EXPANDED: Final = ".expanded"  # ends the name of a function's copy, for calls that become their bodies
 
 Array: TypeAlias = npt.NDArray[Any]
 Key: TypeAlias = tuple[Any, ...]
 
 
 def inline(model: onnx.ModelProto, folder: Path, keep: Collection[str] = ()) -> onnx.ModelProto:
-    """Return a model that computes the same without local functions, but for calls of those in `keep`.
+    """Return a model that computes the same without local functions, but for the nodes named in `keep`.
 
     `folder` holds the model's external data.
     """
     if not model.functions:
         return model
-    kept = [(f.domain, f.name) for f in model.functions if f.name in keep]
+    functions = {(f.domain, f.name) for f in model.functions}
+    calls = [node for node in model.graph.node if (node.domain, node.op_type) in functions]
+    kept = {(node.domain, node.op_type) for node in calls if node.name in keep}
     own = {
         output
         for node in model.graph.node
-        if not _is_call(node, model) or (node.domain, node.op_type) in kept
+        if (node.domain, node.op_type) not in functions or node.name in keep
         for output in node.output
     }
-    inlined: onnx.ModelProto = inline_selected_functions(model, kept, exclude=True)
+    inlined: onnx.ModelProto = inline_selected_functions(
+        _apart(model, keep, kept), sorted(kept), exclude=True
+    )
     sharing = _Sharing(inlined, folder, own)
     for node in list(inlined.graph.node):
         sharing.visit(node)
@@ -49,8 +54,21 @@ def inline(model: onnx.ModelProto, folder: Path, keep: Collection[str] = ()) -> 
     return inlined
 
 
-def _is_call(node: onnx.NodeProto, model: onnx.ModelProto) -> bool:
-    return any((node.domain, node.op_type) == (f.domain, f.name) for f in model.functions)
+def _apart(model: onnx.ModelProto, keep: Collection[str], kept: set[tuple[str, str]]) -> onnx.ModelProto:
+    """Return a copy in which calls that are not kept call copies of the functions that are."""
+    apart = onnx.ModelProto()
+    apart.CopyFrom(model)
+    copies = [f for f in model.functions if (f.domain, f.name) in kept]
+    for function in copies:
+        copy = apart.functions.add()
+        copy.CopyFrom(function)
+        copy.name += EXPANDED
+    inside = (node for function in apart.functions for node in function.node)
+    expanded = (node for node in apart.graph.node if node.name not in keep)
+    for node in (*inside, *expanded):
+        if (node.domain, node.op_type) in kept:
+            node.op_type += EXPANDED
+    return apart
 
 
 class _Sharing:

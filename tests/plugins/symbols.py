@@ -19,7 +19,7 @@ def dynamic_symbols(library: Path, *, defined: bool) -> set[str]:
 
 
 def assert_loadable_without_tensorrt(library: Path) -> None:
-    """Assert that a plugin library exports its two entry points alone and asks nothing of libnvinfer."""
-    assert dynamic_symbols(library, defined=True) == {"getCreators", "setLoggerFinder"}
+    """Assert that a plugin library exports its three entry points alone and asks nothing of libnvinfer."""
+    assert dynamic_symbols(library, defined=True) == {"getCreators", "setLoggerFinder", "rotexport_judge"}
     needed = dynamic_symbols(library, defined=False)
     assert not [name for name in needed if "nvinfer" in name or name in {"getPluginRegistry", "getLogger"}]

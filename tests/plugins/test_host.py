@@ -183,5 +183,5 @@ def test_contexts_run_side_by_side(host: Host) -> None:
             np.testing.assert_array_equal(expected, got)
 
 
-def test_the_library_exports_two_symbols_and_needs_no_tensorrt(host: Host, emulated: Path) -> None:
+def test_the_library_exports_three_symbols_and_needs_no_tensorrt(host: Host, emulated: Path) -> None:
     assert_loadable_without_tensorrt(next(emulated.glob("librotexport_plugins_trt*.so")))

@@ -13,6 +13,7 @@ from rotexport.metrics import Comparison, Thresholds
 from rotexport.progress import StageRecord
 from rotexport.report import read_report, write_report
 from rotexport.report.data import (
+    BodyCount,
     BuildReport,
     ComponentSummary,
     EngineSummary,
@@ -71,7 +72,9 @@ def full():
         proof=proof(Thresholds(kl=0.1, top1_agreement=0.9)),
         engines=(
             EngineSummary(
-                "tensorrt-rtx", "sm89", "a.plan", 171_000_000, 12.0, (KernelCount("down", "int8 gemm", 3),)
+                *("tensorrt-rtx", "sm89", "a.plan", 171_000_000, 12.0),
+                (KernelCount("down", "int8 gemm", 3),),
+                (BodyCount("FastHadamard", "rows of 6 elements", ("0.key", "1.key")),),
             ),
         ),
         notes=("0.down is dynamic per token",),
@@ -174,6 +177,12 @@ def test_pins_are_shortened(full):
 def test_engines_show_the_kernel_of_each_product(full):
     assert table_rows(render(full), "built in") == [["a.plan", "tensorrt-rtx", "sm89", "171 MB", "12.0 s"]]
     assert table_rows(render(full), "Product") == [["down", "3 × int8 gemm"]]
+
+
+def test_operators_without_a_kernel_are_listed_with_the_reason(full):
+    rows = table_rows(render(full), "Operator")
+    assert rows == [["FastHadamard", "rows of 6 elements", "0.key, 1.key"]]
+    assert "Operators without a kernel" not in render(dataclasses.replace(full, engines=()))
 
 
 def test_sites_that_read_one_tensor_share_a_panel(full):

@@ -100,15 +100,21 @@ def test_a_small_table_is_read_from_the_models_folder(tmp_path):
     assert "DequantizeLinear" not in [node.op_type for node in inline(model, tmp_path).graph.node]
 
 
-def test_operators_of_a_plugin_library_keep_their_nodes(tmp_path):
-    kept = inline(
-        onnx.parser.parse_model(MODEL), tmp_path, {onnx.parser.parse_model(MODEL).functions[0].name}
+def test_named_nodes_stay_and_other_calls_of_their_operator_do_not(tmp_path):
+    """A body that calls the same operator is expanded to the ground, too: nested calls have no kernels."""
+    text = MODEL.replace("[fourth] d = rotexport.Mix(x, other)", "[fourth] d = rotexport.Outer(x, other)")
+    text += """
+    <domain: "rotexport", opset_import: ["": 23, "rotexport": 1]>
+    Outer (x, table) => (y) { y = rotexport.Mix(x, table) }"""
+    model = onnx.parser.parse_model(text)
+    kept = inline(model, tmp_path, {"first", "third"})
+    calls = [(node.name, node.op_type) for node in kept.graph.node if node.domain == "rotexport"]
+    assert calls == [("first", "Mix"), ("third", "Mix")], "equal calls that stay are not shared"
+    x = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float16)
+    want, got = (
+        ort.InferenceSession(m.SerializeToString()).run(None, {"x": x, "z": x})[0] for m in (model, kept)
     )
-    original = onnx.parser.parse_model(MODEL)
-    name = original.functions[0].name
-    calls = [node.name for node in original.graph.node if node.op_type == name]
-    assert calls
-    assert [node.name for node in kept.graph.node if node.op_type == name] == calls
+    np.testing.assert_array_equal(got, want)
 
 
 def test_shapes_that_the_model_states_are_tables_and_others_are_not():
