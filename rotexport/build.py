@@ -203,7 +203,7 @@ def _compile(prepared: Prepared, options: BuildOptions, folder: Path, stages: St
                 folder / MODEL,
                 options.target,
                 prepared.gpus,
-                options.profiles.streaming(recipe.attention.window)
+                options.profiles.streaming(recipe.attention.window, recipe.attention.eviction.whole_prompts)
                 if recipe.attention.streaming
                 else options.profiles,
                 expected_kernels(plan, recipe.dtype),

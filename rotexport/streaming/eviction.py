@@ -77,6 +77,11 @@ class Eviction:
         return self.policy != "none"
 
     @property
+    def whole_prompts(self) -> bool:
+        """Whether the call that starts a stream must read all of its prompt."""
+        return self.policy == "snapkv"
+
+    @property
     def memory(self) -> str:
         """What is kept beside a token: its running `score`, or what was `observed` at the prompt's end."""
         return "score" if self.policy == "heavy-hitter" else "observed"

@@ -1,7 +1,8 @@
 """What differs between the portable model and what the builder reads.
 
 The portable `model.onnx` stays as ONNX Runtime needs it; the builder gets a sibling file over the same
-weights, in which attention may be decomposed (float32, unusual head sizes) and a soft cap is spelled out.
+weights, in which attention may be decomposed (float32, unusual head sizes), a soft cap is spelled out and a
+selection of many is made in steps.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from rotexport.errors import TargetError
+from rotexport.targets.selection import Selections
 
 _HEAD_AXIS: Final = 1
 
@@ -22,7 +24,8 @@ def lower(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy that TensorRT and TensorRT-RTX build.
 
     Every Attention gets `TRT_decomposable`, which keeps the fused kernel wherever there is one and which
-    ONNX Runtime refuses; an Attention with a soft cap, which the parser refuses, becomes its formula.
+    ONNX Runtime refuses; an Attention with a soft cap, which the parser refuses, becomes its formula. A TopK
+    of more than the builder allows becomes several.
 
     Raises:
         TargetError: a soft-capped attention whose head counts are not in the graph.
@@ -31,8 +34,11 @@ def lower(model: onnx.ModelProto) -> onnx.ModelProto:
     lowered = onnx.ModelProto()
     lowered.CopyFrom(model)
     nodes: list[onnx.NodeProto] = []
+    selections = Selections(model, lowered.graph)
     for node in model.graph.node:
-        if node.op_type != "Attention" or node.domain:
+        if selections.too_large(node):
+            nodes.extend(selections.split(node))
+        elif node.op_type != "Attention" or node.domain:
             nodes.append(node)
         elif _float(node, "softcap"):
             nodes.extend(_soft_capped(lowered.graph, node))

@@ -38,9 +38,13 @@ class Profiles:
                 f"max length {self.max_length} is not at least 2 (one cached token and a new one)"
             )
 
-    def streaming(self, window: int) -> Profiles:
-        """Return the limits for a graph whose cache is bounded by `window`: calls are no longer than it."""
-        return replace(self, max_length=max(2, min(self.max_length, window)), window=window)
+    def streaming(self, window: int, whole_prompts: bool = False) -> Profiles:
+        """Return the limits for a graph whose cache is bounded by `window`.
+
+        Calls are no longer than the window, unless they must read whole prompts.
+        """
+        longest = self.max_length if whole_prompts else max(2, min(self.max_length, window))
+        return replace(self, max_length=longest, window=window)
 
     def whole(self) -> dict[str, Range]:
         """Return (min, opt, max) of each dimension for one profile of all calls, best at single steps."""

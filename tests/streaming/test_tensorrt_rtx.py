@@ -18,18 +18,20 @@ from rotexport.passes.lasting_positions import LastingPositions
 from rotexport.passes.precision import SetPrecision
 from rotexport.passes.stream_attention import StreamAttention
 from rotexport.streaming.cache import CacheFormat
+from rotexport.streaming.eviction import Eviction
 from rotexport.streaming.oracle import Definition
 from rotexport.streaming.scheme import AttentionScheme
 from rotexport.targets import builder_process
 from rotexport.targets.inlining import inline
+from rotexport.targets.lowering import lower
 
 pytest.importorskip("tensorrt_rtx")
 
 RANGES = {"batch": (1, 1, 2), "sequence": (1, 1, 32), "logit_count": (1, 1, 2)}
 
 
-def build(model: onnx.ModelProto, folder: Path) -> str:
-    """Build an sm89 plan; return the builder's layer list."""
+def build(model: onnx.ModelProto, folder: Path, gpu: str = "sm89") -> str:
+    """Build a plan; return the builder's layer list."""
     path = folder / "engine.onnx"
     onnx.save(model, path)
     request = {
@@ -37,7 +39,7 @@ def build(model: onnx.ModelProto, folder: Path) -> str:
         "model": str(path),
         "plan": str(folder / "plan"),
         "layers": str(folder / "layers"),
-        "compute_capability": "SM89",
+        "compute_capability": gpu.upper(),
         "plugins": None,
         "profiles": [shapes(model)],
     }
@@ -46,6 +48,17 @@ def build(model: onnx.ModelProto, folder: Path) -> str:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     return (folder / "layers").read_text()
+
+
+def tiny_stream(rewrite: StreamAttention, folder: Path) -> onnx.ModelProto:
+    """Return a tiny model in half precision with its attention swapped, expanded for the builder."""
+    graph = export(open_checkpoint(tiny_model("llama")))
+    SetPrecision(np.dtype(np.float16)).run(graph)
+    rewrite.run(graph)
+    LastingPositions().run(graph)
+    path = folder / "model.onnx"
+    save_model(graph, path, WeightFile(folder / "model.data"))
+    return inline(onnx.load(path, load_external_data=False), folder)
 
 
 def shapes(model: onnx.ModelProto) -> dict[str, list[list[int]]]:
@@ -71,18 +84,37 @@ def test_operators_build_as_they_are(bits: int | None, recent: int, tmp_path: Pa
     "stored", [CacheFormat(), CacheFormat(8), CacheFormat(4), CacheFormat(2, 4, 4, True)], ids=str
 )
 def test_models_build_with_shared_expressions(stored: CacheFormat, tmp_path: Path) -> None:
-    graph = export(open_checkpoint(tiny_model("llama")))
-    SetPrecision(np.dtype(np.float16)).run(graph)
     means = {layer: np.ones((2, 8)) for layer in range(2)}
-    StreamAttention(AttentionScheme("streaming", 2, 16), stored, means).run(graph)
-    LastingPositions().run(graph)
-    path = tmp_path / "model.onnx"
-    save_model(graph, path, WeightFile(tmp_path / "model.data"))
-    model = inline(onnx.load(path, load_external_data=False), tmp_path)
+    model = tiny_stream(StreamAttention(AttentionScheme("streaming", 2, 16), stored, means), tmp_path)
     masks = [node for node in model.graph.node if node.op_type == "Mod"]
     rings = 1 + stored.recent // 4 + 2 * stored.center  # slots written, recent slots, angles of slots held
     assert len(masks) <= 2 * rings + 2, "ring arithmetic and positions are computed once, not per layer"
     assert "gemm" in build(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("policy", "window", "gpu"),
+    [
+        ("heavy-hitter", 16, "sm89"),
+        ("snapkv", 5000, "sm89"),
+        *(
+            pytest.param(policy, window, gpu, marks=pytest.mark.slow)
+            for policy in ("heavy-hitter", "snapkv")
+            for window in (16, 5000)
+            for gpu in ("sm80", "sm120")
+        ),
+    ],
+)
+def test_caches_that_evict_build_however_many_slots_they_have(
+    policy: str, window: int, gpu: str, tmp_path: Path
+) -> None:
+    """A TopK of the builder gives 3,840 at most; the test of it alone is that of the lowering."""
+    eviction = Eviction(policy, recent=4, context=8192)
+    scheme = AttentionScheme("streaming", 2, window, eviction=eviction)
+    model = lower(tiny_stream(StreamAttention(scheme), tmp_path))
+    choices = [node for node in model.graph.node if node.op_type == "TopK"]
+    assert len(choices) == 2 * 2 * (1 if window == 16 else 2), "two layers choose, then sort, in steps"
+    assert "gemm" in build(model, tmp_path, gpu)
 
 
 def test_half_precision_streams_stay_near_single(tmp_path: Path) -> None:

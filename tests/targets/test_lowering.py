@@ -45,6 +45,31 @@ def test_a_soft_cap_is_spelled_out():
     np.testing.assert_allclose(got, attention(**feeds, scale=0.5, cap=5.0), atol=1e-5)
 
 
+SELECTION = """<ir_version: 11, opset_import: ["": 23]>
+g (%s[batch, total] x) => (%s[batch, k] values, int64[batch, k] indices)
+<int64[1] k = {%d}>
+{ [choose] values, indices = TopK<axis = -1, largest = %d, sorted = 1>(x, k) }"""
+
+
+@pytest.mark.parametrize(("kind", "largest"), [("float", 1), ("int64", 0)])
+def test_a_selection_of_many_is_made_in_steps(kind: str, largest: int):
+    dtype = {"float": np.float32, "int64": np.int64}[kind]
+    x = np.random.default_rng(0).integers(-50, 50, (2, 9000)).astype(dtype)  # with many equals
+    lowered = lower(onnx.parser.parse_model(SELECTION % (kind, kind, 8000, largest)))
+    onnx.checker.check_model(lowered)
+    steps = [node for node in lowered.graph.node if node.op_type == "TopK"]
+    assert len(steps) == 3, "of at most 3,840 each"
+    values, indices = ort.InferenceSession(lowered.SerializeToString()).run(None, {"x": x})
+    expected = np.argsort(-x if largest else x, axis=-1, kind="stable")[:, :8000]
+    np.testing.assert_array_equal(indices, expected)
+    np.testing.assert_array_equal(values, np.take_along_axis(x, expected, -1))
+
+
+def test_a_selection_that_the_builder_makes_itself_stays():
+    model = onnx.parser.parse_model(SELECTION % ("float", "float", 3840, 1))
+    assert lower(model) == model
+
+
 def test_a_soft_cap_without_known_heads_is_refused():
     model = onnx.parser.parse_model((TEXT % ", softcap = 5.0").replace("[batch, 4,", "[batch, heads,"))
     with pytest.raises(TargetError, match="'attend': axis 1 of 'q' has no fixed size"):

@@ -27,6 +27,12 @@ def test_a_bounded_cache_takes_calls_up_to_its_window():
     assert Profiles(max_length=64).streaming(1020).whole()["sequence"] == (1, 1, 64)
 
 
+def test_a_prompt_that_chooses_what_stays_may_be_longer_than_the_window():
+    ranges = Profiles(max_length=2048).streaming(1020, whole_prompts=True).whole()
+    assert ranges["sequence"] == (1, 1, 2048)
+    assert ranges["logit_count"] == (1, 1, 16)
+
+
 def test_prompts_and_steps_apart():
     prompts, steps = Profiles(max_batch=1, max_length=64).split()
     assert prompts["sequence"][2] == 64
