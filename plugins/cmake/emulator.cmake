@@ -23,6 +23,7 @@ target_link_libraries(rotexport_kernels PUBLIC rotexport_emulator)
 
 add_library(rotexport_emulated_kernels SHARED ../tests/plugins/emulated_kernels.cpp
                                               ../tests/plugins/emulated_attention.cpp
+                                              ../tests/plugins/emulated_eviction.cpp
                                               ../tests/plugins/emulated_quantized_linear.cpp)
 target_link_libraries(rotexport_emulated_kernels PRIVATE rotexport_kernels)
 set_target_properties(rotexport_emulated_kernels PROPERTIES CXX_VISIBILITY_PRESET default)

@@ -33,3 +33,4 @@ foreach(format kW8A8 kW4A8 kW4A4)
 endforeach()
 
 include(cmake/attention.cmake)
+include(cmake/eviction.cmake)

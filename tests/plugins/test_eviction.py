@@ -1,0 +1,311 @@
+"""Attention that chooses what stays, on the emulator: against the definition in float64, and the bodies."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from attention_cases import Session, Stream, allowed
+from emulated import EmulatorError
+from emulated_eviction import EmulatedEviction
+from eviction_cases import (
+    SCORE_TOLERANCE,
+    EvictingCase,
+    assert_slots_hold_their_tokens,
+    held_scores,
+    session_of,
+    with_policy,
+)
+
+from rotexport.streaming.eviction import Eviction
+
+TYPES = (np.float16, ml_dtypes.bfloat16)
+SIZES = [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (112, 48), (16, 256)]
+HEAVY = Eviction("heavy-hitter", recent=4, context=1000, forget=0.97)
+SNAP = Eviction("snapkv", recent=4, context=1000, observe=9)
+POLICIES = [pytest.param(HEAVY, id="heavy-hitter"), pytest.param(SNAP, id="snapkv")]
+
+
+@pytest.fixture(scope="module")
+def kernels(emulated: Path) -> EmulatedEviction:
+    return EmulatedEviction(emulated / "librotexport_emulated_kernels.so")
+
+
+def assert_caches_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    for name, content in expected.items():
+        np.testing.assert_array_equal(found[name].view(np.int8), content.view(np.int8), err_msg=name)
+
+
+def assert_close(case: EvictingCase, stream: Stream, found: np.ndarray, expected: np.ndarray) -> None:
+    assert np.abs(found.astype(np.float64) - expected).max() <= allowed(case, stream)
+
+
+def check_stream(
+    kernels: EmulatedEviction, case: EvictingCase, calls: list[list[int]], seed: int = 0
+) -> None:
+    """Run calls (new tokens of each row); compare outputs, what stays and its scores with the definition."""
+    rng = np.random.default_rng(seed)
+    lengths = [max(length, 1) for length in np.sum(calls, axis=0)]
+    session = session_of(kernels, case, lengths, seed)
+    outputs: list[list[np.ndarray]] = [[] for _ in lengths]
+    for new in calls:
+        output = session.call(new, max(new) + int(rng.integers(3)), schedule=int(rng.integers(3)))
+        for row, count in enumerate(new):
+            assert not output[row, :, count:].astype(np.float64).any(), "padded tokens have no output"
+            outputs[row].append(output[row, :, :count])
+    assert_slots_hold_their_tokens(session)
+    for row, stream in enumerate(session.streams):
+        own = [new[row] for new in calls if new[row]]
+        if not own:
+            continue
+        expected = case.evicted(stream, own)
+        assert_close(case, stream, np.concatenate(outputs[row], 1), expected.output.numpy())
+        for head, scores in enumerate(expected.held):
+            found = held_scores(session, row, head)
+            assert list(found) == list(scores), "the same tokens, newest first"
+            np.testing.assert_allclose(
+                list(found.values()), list(scores.values()), rtol=SCORE_TOLERANCE, atol=1e-6
+            )
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_every_size_and_type(kernels: EmulatedEviction, sizes: tuple[int, int], dtype: type) -> None:
+    """A prompt, a few tokens, one more, then a longer call over what is held."""
+    policy = HEAVY if dtype is np.float16 else SNAP
+    check_stream(kernels, EvictingCase(*sizes, repeat=2, dtype=dtype, policy=policy), [[38], [3], [1], [20]])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("seed", range(4))
+def test_ragged_calls_compute_the_definition(kernels: EmulatedEviction, policy: Eviction, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    window = int(rng.integers(5, 40))
+    case = EvictingCase(
+        *(64, 64, int(rng.integers(1, 3)), int(rng.choice([1, 2, 3])), int(rng.integers(0, 6)), window),
+        softcap=float(rng.choice([0, 2.5])),
+        decay=float(rng.choice([0, 0.5])),
+        dtype=TYPES[seed % 2],
+        policy=replace(
+            policy,
+            recent=int(rng.integers(1, window)),
+            context=int(rng.integers(window, 70)),
+            forget=float(rng.choice([1.0, 0.9, 0.0])),
+            observe=int(rng.integers(1, 12)),
+        ),
+    )
+    calls = [[int(n) for n in rng.choice([0, 1, 2, 17, 33], size=2)] for _ in range(4)]
+    check_stream(kernels, case, calls, seed)
+
+
+def check_against_body(session: Session, new: list[int]) -> None:
+    """The next call leaves the cache that the body leaves, slot by slot, and gives its output."""
+    case = session.case
+    assert isinstance(case, EvictingCase)
+    tokens = max(*new, 1)
+    expected, present = case.body(session.next_call(new, tokens, 0.0))
+    output = session.call(new, tokens)
+    for row, stream in enumerate(session.streams):
+        assert_close(case, stream, output[row], expected[row])
+    score = present.pop("window_score")
+    np.testing.assert_allclose(session.cache["window_score"], score, rtol=SCORE_TOLERANCE, atol=1e-6)
+    for name, content in present.items():
+        np.testing.assert_array_equal(session.cache[name].astype(content.dtype), content, err_msg=name)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_kernel_computes_its_operators_body(kernels: EmulatedEviction, policy: Eviction) -> None:
+    """Over many tiles of slots and tokens, with slots that were never filled, and rows that bring nothing."""
+    case = EvictingCase(
+        *(64, 64, 2, 2, 3, 600), softcap=4.0, decay=0.01, policy=replace(policy, recent=100, context=650)
+    )
+    session = session_of(kernels, case, [900, 300])
+    for new in ([520, 90], [180, 0], [1, 3], [0, 0], [190, 197]):
+        check_against_body(session, new)
+
+
+def test_calls_whose_keys_are_not_split(kernels: EmulatedEviction) -> None:
+    """Many rows of the batch occupy a GPU without parts."""
+    case = EvictingCase(*(16, 16, 16, 1, 1, 6), policy=replace(HEAVY, recent=2))
+    check_against_body(session_of(kernels, case, [9] * 64), [9] * 63 + [1])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_schedules_and_buffers_do_not_matter(
+    kernels: EmulatedEviction, policy: Eviction, tokens: int
+) -> None:
+    case = EvictingCase(kv_heads=2, repeat=2, window=18, decay=0.1, policy=policy)
+    outcomes = []
+    for schedule, in_place in [(0, True), (1, True), (2, False)]:
+        session = session_of(kernels, case, [60, 60])
+        session.call([20, 7])
+        output = session.call([tokens, 1], schedule=schedule, in_place=in_place)
+        outcomes.append({"output": output, **session.cache})
+    assert_caches_equal(outcomes[1], outcomes[0])
+    assert_caches_equal(outcomes[2], outcomes[0])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_of_equals_the_newer_stay(kernels: EmulatedEviction, policy: Eviction) -> None:
+    """Equal keys draw equally from the last query, which alone counts; what is zero is equal, too."""
+    case = EvictingCase(sinks=1, window=10, policy=replace(policy, forget=0.0, observe=1))
+    session = session_of(kernels, case, [30])
+    for kind in ("key", "value"):
+        tokens = getattr(session.streams[0], kind)
+        tokens[:] = tokens[:, :1]
+    for new, newest in ([20], 19), ([3], 22), ([1], 23):
+        session.call(new)
+        assert list(held_scores(session, 0, 0)) == list(range(newest, newest - 10, -1))
+
+
+def test_a_token_that_draws_outlives_newer_ones_but_not_the_context(kernels: EmulatedEviction) -> None:
+    case = EvictingCase(sinks=1, window=6, policy=replace(HEAVY, recent=3, context=24))
+    session = session_of(kernels, case, [40])
+    stream = session.streams[0]
+    stream.query[:] = 0
+    stream.query[..., 0] = 80
+    stream.key[..., 0] = 0
+    stream.key[:, 4, 0] = 1
+    session.call([12])
+    for end in range(13, 34):
+        session.call([1])
+        assert (4 in held_scores(session, 0, 0)) == (end - 4 < 24)
+        assert_slots_hold_their_tokens(session)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("tokens", [3, 30])
+def test_rows_of_the_batch_do_not_leak(kernels: EmulatedEviction, policy: Eviction, tokens: int) -> None:
+    """Between a NaN row and an infinite one, a row is what it is alone; slots that hold nothing are not read."""
+    case = EvictingCase(repeat=2, window=20, policy=policy)
+    session = session_of(kernels, case, [tokens] * 3)
+    for row, poison in ((0, np.nan), (2, np.inf)):
+        for name in ("query", "query_sink", "key", "value"):
+            getattr(session.streams[row], name)[:] = poison
+    for name in ("sink_key", "sink_value", "window_key", "window_value", "window_score"):
+        session.cache[name][:] = np.nan
+    output = session.call([tokens] * 3)
+    expected = case.evicted(session.streams[1], [tokens])
+    assert_close(case, session.streams[1], output[1], expected.output.numpy())
+    assert list(held_scores(session, 1, 0)) == list(expected.held[0])
+    newest = range(tokens - 1, tokens - 1 - min(4, tokens - case.sinks), -1)
+    for row in (0, 2):
+        assert list(held_scores(session, row, 0))[: len(newest)] == list(newest), "recent tokens stay"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_a_row_without_tokens_keeps_what_it_holds(
+    kernels: EmulatedEviction, policy: Eviction, tokens: int
+) -> None:
+    session = session_of(kernels, EvictingCase(policy=policy), [60, 60])
+    session.call([30, 11])
+    before = held_scores(session, 1, 0)
+    output = session.call([tokens, 0])
+    assert not output[1].any()
+    assert held_scores(session, 1, 0) == before
+    assert_slots_hold_their_tokens(session)
+
+
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_long_streams_are_as_exact_as_short_ones(kernels: EmulatedEviction, tokens: int) -> None:
+    """Only distances count: where all positions are larger by the same, everything else is equal, bit for bit."""
+    case = EvictingCase(decay=0.3)
+    session = session_of(kernels, case, [40 + tokens])
+    session.call([40])
+    call = session.next_call([tokens], tokens, 0.0)
+    far = np.int32(10**9)
+    counts = call.cache["window_position"]
+    later = replace(
+        call,
+        past_length=call.past_length + far,
+        cache=call.cache | {"window_position": np.where(counts > 0, counts + far, 0).astype(np.int32)},
+    )
+    problem = case.problem(1, tokens)
+    (output, cache), (output_later, cache_later) = (kernels.run(problem, one) for one in (call, later))
+    np.testing.assert_array_equal(output_later, output)
+    counts = cache["window_position"]
+    cache["window_position"] = np.where(counts > 0, counts + far, 0).astype(np.int32)
+    assert_caches_equal(cache_later, cache)
+
+
+@pytest.mark.parametrize("tokens", [4, 30])
+def test_garbage_is_survived(kernels: EmulatedEviction, tokens: int) -> None:
+    """A builder times kernels on whatever its buffers hold: the emulator would report a wild access."""
+    case = EvictingCase(window=70)
+    call = session_of(kernels, case, [tokens]).next_call([tokens], tokens, 0.0)
+    whole, _ = kernels.run(case.problem(1, tokens), call)
+    lengths = {"past_length": np.int32([-7]), "new_length": np.int32([2**31 - 1])}
+    np.testing.assert_array_equal(kernels.run(case.problem(1, tokens), replace(call, **lengths))[0], whole)
+    rng = np.random.default_rng(0)
+    wild = rng.integers(-(2**31), 2**31, (1, 1, 70)).astype(np.int32)
+    wild[..., ::2] %= 100
+    scores = rng.standard_normal((1, 1, 70)).astype(np.float32)
+    cache = call.cache | {"window_position": wild, "window_score": scores}
+    for past in (0, 55, 2**31 - 1):
+        one = replace(call, cache=cache, past_length=np.int32([past]))
+        kernels.run(case.problem(1, tokens), one)
+
+
+@pytest.mark.parametrize(
+    ("case", "complaint"),
+    [
+        (EvictingCase(head_size=72), "head_size is 72, the kernel needs a multiple of 16 up to 256"),
+        (EvictingCase(window=0), "window is 0, a query sees at least itself"),
+        (EvictingCase(softcap=-1.0), "softcap is -1.000000, must not be negative"),
+        (
+            with_policy(EvictingCase(), recent=21),
+            "recent is 21, must lie between 0 and the window of 20",
+        ),
+    ],
+)
+def test_what_the_kernel_cannot_take_is_refused(
+    kernels: EmulatedEviction, case: EvictingCase, complaint: str
+) -> None:
+    call = session_of(kernels, EvictingCase(), [1]).next_call([1], 1, 0.0)
+    with pytest.raises(EmulatorError) as caught:
+        kernels.run(case.problem(1, 1), call)
+    assert str(caught.value) == f"HeavyHitterAttention: {complaint}"
+
+
+@pytest.mark.parametrize(
+    ("policy", "changed", "complaint"),
+    [
+        (HEAVY, {"context": 0}, "HeavyHitterAttention: context is 0, a query sees at least itself"),
+        (HEAVY, {"forget": 1.5}, "HeavyHitterAttention: forget is 1.500000, must lie between 0 and 1"),
+        (SNAP, {"observe": 0}, "SnapAttention: observe is 0, must be positive"),
+    ],
+)
+def test_numbers_no_recipe_has_are_refused(
+    kernels: EmulatedEviction, policy: Eviction, changed: dict[str, float], complaint: str
+) -> None:
+    case = EvictingCase(policy=policy)
+    call = session_of(kernels, case, [1]).next_call([1], 1, 0.0)
+    problem = case.problem(1, 1)
+    for name, value in changed.items():
+        setattr(problem, name, value)
+    with pytest.raises(EmulatorError) as caught:
+        kernels.run(problem, call)
+    assert str(caught.value) == complaint
+
+
+def test_one_workspace_serves_all_smaller_calls(emulated: Path) -> None:
+    """Few rows are split into parts, whose sums may take more than a larger call does without."""
+    measure = ctypes.CDLL(str(emulated / "librotexport_emulated_kernels.so")).emulated_eviction_workspace
+    measure.restype = ctypes.c_size_t
+    case = EvictingCase(128, 128, kv_heads=8, repeat=4, window=1000)
+
+    def workspace(batch: int, tokens: int) -> tuple[int, int]:
+        own = ctypes.c_size_t()
+        problem = case.problem(batch, tokens)
+        return measure(ctypes.byref(problem), ctypes.byref(own)), own.value
+
+    largest, own = workspace(8, 300)
+    smaller = [workspace(batch, tokens)[1] for batch in (1, 3, 8) for tokens in (1, 16, 64, 200, 300)]
+    assert max(smaller) > own, "the largest call is not the one that needs most"
+    assert max(smaller) <= largest
