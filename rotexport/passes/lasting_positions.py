@@ -34,6 +34,10 @@ class LastingPositions(Pass):
     name = "lasting-positions"
     preserves = Preserves.ROUNDING
 
+    def __init__(self, step: int = STEP, steps: int = STEPS) -> None:
+        """Take the number of positions in the low table, and of entries in the high one."""
+        self._step, self._steps = step, steps
+
     def run(self, graph: gs.Graph) -> PassReport:
         self.preserves = rounding(graph)
         report = PassReport()
@@ -44,7 +48,9 @@ class LastingPositions(Pass):
                 continue
             key = angle.frequencies.tobytes()
             if key not in tables:
-                tables[key] = _Tables.of(angle.frequencies, f"positions.{len(tables)}")
+                tables[key] = _Tables.of(
+                    angle.frequencies, f"positions.{len(tables)}", self._step, self._steps
+                )
             _look_up(graph, node, angle, tables[key])
             report.changed += 1
         drop_unused(graph)
@@ -60,24 +66,27 @@ class _Angle:
 
 @dataclass(frozen=True)
 class _Tables:
-    """Cos and sin of low * f and (STEP high) * f, [STEP, F] and [STEPS, F]."""
+    """Cos and sin of low * f and (step high) * f, [step, F] and [steps, F]."""
 
+    step: int
     cos_low: gs.Constant
     sin_low: gs.Constant
     cos_high: gs.Constant
     sin_high: gs.Constant
 
     @classmethod
-    def of(cls, frequencies: Array, stem: str) -> _Tables:
+    def of(cls, frequencies: Array, stem: str, step: int, steps: int) -> _Tables:
         exact = frequencies.astype(np.float64)
-        low, high = (np.arange(n)[:, None] * exact for n in (STEP, STEPS))
+        low, high = (np.arange(n)[:, None] * exact for n in (step, steps))
         made = {
             "cos_low": np.cos(low),
             "sin_low": np.sin(low),
-            "cos_high": np.cos(high * STEP),
-            "sin_high": np.sin(high * STEP),
+            "cos_high": np.cos(high * step),
+            "sin_high": np.sin(high * step),
         }
-        return cls(**{n: constant(f"{stem}.{n}", InMemory(t.astype(np.float32))) for n, t in made.items()})
+        return cls(
+            step, **{n: constant(f"{stem}.{n}", InMemory(t.astype(np.float32))) for n, t in made.items()}
+        )
 
 
 def _angle(node: gs.Node) -> _Angle | None:
@@ -114,7 +123,7 @@ def _look_up(graph: gs.Graph, node: gs.Node, angle: _Angle, tables: _Tables) -> 
     if list(positions.shape) == [*product.shape[:-1], 1]:
         axes = emitter.integers("last", [-1])
         positions = emitter.emit("Squeeze", "rows", [positions, axes], positions.shape[:-1], INT64)
-    step = emitter.number("step", STEP, INT64)
+    step = emitter.number("step", tables.step, INT64)
     high = emitter.emit("Div", "high", [positions, step], positions.shape, INT64)
     low = emitter.emit("Mod", "low", [positions, step], positions.shape, INT64)
 

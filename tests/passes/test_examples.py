@@ -20,6 +20,8 @@ from rotexport.graph.io import WeightFile, save_model
 from rotexport.passes.base import Pass
 from rotexport.passes.center_layernorms import CenterLayerNorms
 from rotexport.passes.fold_norms import FoldNorms
+from rotexport.passes.lasting_positions import LastingPositions
+from rotexport.passes.place_linears import PlaceLinears
 from rotexport.passes.precision import SetPrecision
 from rotexport.passes.quantize_activations import QuantizeActivations
 from rotexport.passes.quantize_cache import QuantizeCache
@@ -29,14 +31,34 @@ from rotexport.passes.rotate_inputs import MixHeads, RotateDownInputs
 from rotexport.passes.rotate_residual import RotateResidual
 from rotexport.passes.share_weights import ShareWeights
 from rotexport.passes.smooth_inputs import SmoothDownInputs
+from rotexport.passes.stream_attention import StreamAttention
+from rotexport.passes.transform_inputs import TransformInputs
+from rotexport.quant.operators import with_operators
 from rotexport.quant.plan import SitePlan
 from rotexport.quant.scheme import ActivationScheme, CacheScheme, WeightScheme
 from rotexport.recipe import Rotation
+from rotexport.streaming.scheme import AttentionScheme
+from rotexport.transforms.transform import InvertibleMatrix, KroneckerPair, ScaledKronecker
 
 FOLDER = Path(__file__).parents[2] / "graphs" / "passes"
 HADAMARD = Rotation("hadamard")
 INT4 = SitePlan("0.up", "y", 4, WeightScheme("int4", group=2, method="rtn"), ActivationScheme())
 INT8 = SitePlan("0.up", "y", 4, WeightScheme("int8"), ActivationScheme("int8", "dynamic"))
+PLACED = with_operators(
+    [
+        SitePlan(
+            "0.down", "product", 16, WeightScheme("int8", method="rtn"), ActivationScheme("int8", "dynamic")
+        )
+    ]
+)
+LEARNED = ScaledKronecker(
+    None,
+    KroneckerPair(
+        InvertibleMatrix(np.array([[1.0, 1.0], [0.0, 1.0]])),
+        InvertibleMatrix(np.array([[2.0, 0.0], [1.0, 1.0]])),
+    ),
+)
+BEHIND: dict[str, Pass] = {"place-linears": QuantizeWeights(PLACED)}  # what must have run before
 PASSES: dict[str, Pass] = {
     rewrite.name: rewrite
     for rewrite in (
@@ -48,10 +70,14 @@ PASSES: dict[str, Pass] = {
         RotateHeads(HADAMARD, "r3"),
         RotateDownInputs(HADAMARD),
         MixHeads(),
+        TransformInputs({("up", "up.2"): LEARNED}),
         SetPrecision(np.dtype(np.float16)),
         QuantizeWeights([INT4]),
+        PlaceLinears(PLACED),
         QuantizeActivations([INT8], {}),
         QuantizeCache(CacheScheme("int8", "none")),
+        StreamAttention(AttentionScheme("streaming", sinks=1, window=3)),
+        LastingPositions(step=4, steps=4),
         ShareWeights(),
     )
 }
@@ -66,7 +92,9 @@ def before(name: str):
 
 def after(name: str):
     graph = before(name)
-    PASSES[name].run(graph)
+    if name in BEHIND:
+        BEHIND[name].run(graph)
+    assert PASSES[name].run(graph).changed, "an example of nothing"
     sort(graph)
     return graph
 
