@@ -36,7 +36,7 @@ Status describe(const Problem& p, Geometry& geometry) {
   common.scale = p.scale;
   common.softcap = p.softcap;
   sink_window_attention::Plan plan;
-  const Status planned = sink_window_attention::make_plan(common, plan);
+  const Status planned = sink_window_attention::make_plan(common, false, plan);
   if (!planned) return fail(p.policy, std::strchr(planned.message, ' ') + 1);
   geometry = plan.geometry;
   return {};

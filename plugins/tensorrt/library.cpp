@@ -3,6 +3,7 @@
 #include "tensorrt/library.h"
 
 #include "tensorrt/attention_plugin.h"
+#include "tensorrt/eviction_plugin.h"
 #include "tensorrt/fast_hadamard_plugin.h"
 #include "tensorrt/quantized_linear_plugin.h"
 #include "tensorrt/report.h"
@@ -22,6 +23,7 @@ struct Creators {
   Creators() {
     rotexport::add_linear_creators(all);
     rotexport::add_attention_creators(all);
+    rotexport::add_eviction_creators(all);
   }
 };
 
