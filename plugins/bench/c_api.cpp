@@ -50,17 +50,21 @@ BENCH_API int quantized_linear_run(const quantized_linear::Problem* problem,
 BENCH_API int attention_workspace(const sink_window_attention::Problem* problem, size_t* workspace_bytes,
                                   char* message, size_t capacity) {
   sink_window_attention::Plan plan;
-  const Status planned = make_plan(*problem, plan);
+  const Status planned = make_plan(*problem, false, plan);  // the same on warpgroups
   if (!planned) std::snprintf(message, capacity, "%s", planned.message);
   *workspace_bytes = planned ? plan.workspace_bytes : 0;
   return planned ? 0 : 1;
 }
 
+BENCH_API int attention_has_warpgroups() { return sink_window_attention::has_warpgroups() ? 1 : 0; }
+
+// Decoding, and prefill of sizes that have no such kernel, run as they would without `on_warpgroups`.
 BENCH_API int attention_run(const sink_window_attention::Problem* problem,
-                            const sink_window_attention::Operands* operands, void* stream, char* message,
-                            size_t capacity) {
+                            const sink_window_attention::Operands* operands, int on_warpgroups, void* stream,
+                            char* message, size_t capacity) {
   sink_window_attention::Plan plan;
-  Status status = make_plan(*problem, plan);
+  Status status = make_plan(*problem, false, plan);
+  plan.on_warpgroups = on_warpgroups && status && warpgroups_take(plan);
   if (status) status = run(plan, *operands, stream);
   if (!status) std::snprintf(message, capacity, "%s", status.message);
   return status ? 0 : 1;

@@ -30,7 +30,11 @@ set(CMAKE_CUDA_COMPILER_LAUNCHER ${Python3_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DI
 
 include(cmake/kernels.cmake)
 foreach(target ${ROTEXPORT_UNITS})
-  target_compile_options(${target} PRIVATE ${generate})
+  if(target IN_LIST ROTEXPORT_WARPGROUP_UNITS)
+    target_compile_options(${target} PRIVATE "SHELL:-gencode arch=compute_90a,code=sm_90a")
+  else()
+    target_compile_options(${target} PRIVATE ${generate})
+  endif()
 endforeach()
 include(cmake/cutlass.cmake)
 if(ROTEXPORT_BENCH)

@@ -279,6 +279,8 @@ inline Status copy(void* to, const void* from, size_t bytes, Stream) {
   return {};
 }
 
+// It has them, but stands for any device: whoever means Hopper says so.
+inline bool has_warpgroups() { return false; }
 inline unsigned multiprocessors() { return 1; }
 
 }  // namespace device

@@ -3,7 +3,7 @@
 
 #include "emulator/device.h"
 
-#define ROTEXPORT_GRID_CONSTANT
+#define ROTEXPORT_GRID_CONSTANT const
 
 namespace device {
 
@@ -76,6 +76,8 @@ uint64_t describe_matrix(const Shared<T>& from, unsigned index, unsigned leading
       static_cast<uint64_t>(reinterpret_cast<char*>(from.at(index)) - emulator::Machine::instance().shared());
   return start >> 4 | uint64_t{leading_bytes >> 4} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
+
+inline uint64_t advance(uint64_t matrix, unsigned bytes) { return matrix + (bytes >> 4); }
 
 inline void warpgroup_arrive() { emulator::Machine::instance().warpgroup_arrive(); }
 inline void warpgroup_commit() { emulator::Machine::instance().warpgroup_commit(); }

@@ -115,7 +115,8 @@ struct Plan {
   Problem problem;
   Geometry geometry;
   bool decodes;
-  int size;  // heads are padded to it
+  bool on_warpgroups;  // prefill with Hopper's instructions
+  int size;            // heads are padded to it
   unsigned threads;
   unsigned shared_bytes;
   size_t weights_offset;  // in the workspace: maxima and sums of partial results
@@ -123,8 +124,15 @@ struct Plan {
   size_t workspace_bytes;
 };
 
-// Chooses how to run a problem. The message of a failure names the offending value.
-Status make_plan(const Problem& problem, Plan& plan);
+// Whether the library holds kernels of Hopper's warpgroup instructions, and the current device runs them.
+bool has_warpgroups();
+
+// Chooses how to run a problem on a device with or without warpgroup instructions. The message of a failure
+// names the offending value.
+Status make_plan(const Problem& problem, bool warpgroups, Plan& plan);
+
+// Whether kernels of warpgroup instructions could run a plan, also where others are as fast.
+bool warpgroups_take(const Plan& plan);
 
 // Bytes of workspace that serve a legal problem and all with fewer tokens or rows.
 size_t largest_workspace(const Problem& problem);

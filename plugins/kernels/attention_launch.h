@@ -8,6 +8,10 @@ namespace sink_window_attention {
 template <class Element, int kSize>
 Status launch_prefill(const Plan& plan, const Operands& operands, void* stream);
 
+// The same on Hopper's warpgroup instructions, in libraries that were built for them.
+template <class Element, int kSize>
+Status launch_warpgroup_prefill(const Plan& plan, const Operands& operands, void* stream);
+
 template <class Element, Format kFormat>
 Status launch_decode(const Plan& plan, const Operands& operands, void* stream);
 

@@ -123,6 +123,13 @@ void plan_prefill(const Problem& p, Plan& plan) {
   plan.workspace_bytes = plan.values_offset + aligned(staged * p.value_size);
 }
 
+// With less than a block's rows, or few tiles to copy ahead, there is little that warpgroups could overlap.
+bool fills_warpgroups(const Problem& p, const Plan& plan) {
+  constexpr int64_t kLeastTiles = 4;
+  return p.tokens * plan.geometry.repeat >= prefill_rows(plan.size) &&
+         p.window + p.sinks >= kLeastTiles * kWarpgroupKeys;
+}
+
 void plan_decode(const Problem& p, Plan& plan) {
   Geometry& g = plan.geometry;
   plan.size = decoded_size(p);
@@ -144,7 +151,9 @@ void plan_decode(const Problem& p, Plan& plan) {
 
 }  // namespace
 
-Status make_plan(const Problem& problem, Plan& plan) {
+bool warpgroups_take(const Plan& plan) { return !plan.decodes && (plan.size == 64 || plan.size == 128); }
+
+Status make_plan(const Problem& problem, bool warpgroups, Plan& plan) {
   const Status checked = check(problem);
   if (!checked) return checked;
   plan = Plan{};
@@ -152,18 +161,19 @@ Status make_plan(const Problem& problem, Plan& plan) {
   plan.decodes = problem.tokens <= kMostDecodedTokens;
   describe(problem, plan.geometry);
   plan.decodes ? plan_decode(problem, plan) : plan_prefill(problem, plan);
+  plan.on_warpgroups = warpgroups && warpgroups_take(plan) && fills_warpgroups(problem, plan);
   return {};
 }
 
 // Fewer rows are split into more parts, so the largest batch does not always need most: all are tried.
 size_t largest_workspace(const Problem& problem) {
   Plan plan{};
-  size_t bytes = make_plan(problem, plan) ? plan.workspace_bytes : 0;
+  size_t bytes = make_plan(problem, false, plan) ? plan.workspace_bytes : 0;
   Problem fewer = problem;
   fewer.tokens = std::min<int64_t>(problem.tokens, kMostDecodedTokens);
   for (; fewer.tokens > 0; --fewer.tokens) {
     for (fewer.batch = 1; fewer.batch <= problem.batch; ++fewer.batch) {
-      if (make_plan(fewer, plan)) bytes = std::max(bytes, plan.workspace_bytes);
+      if (make_plan(fewer, false, plan)) bytes = std::max(bytes, plan.workspace_bytes);
     }
   }
   return bytes;

@@ -1,13 +1,10 @@
-// Sink/window attention for many queries on tensor cores.
+// Sink/window attention for many queries on tensor cores of any architecture.
 //
-// A thread block takes kRows packed query rows of one key head: token by token, within a token the query
-// heads that share the key head, so that a tile of keys and values is read once for all of them. It walks
-// over the tiles of the ranges that any of its rows sees, first sinks, then what was staged as dequantized
-// codes, then floating point. Each warp keeps kRowTiles tiles of 16 rows with an online softmax. Keys of the
-// next tile arrive while values are multiplied, values while keys are.
+// Each warp keeps kRowTiles tiles of 16 rows with an online softmax. Keys of the next tile arrive while
+// values are multiplied, values while keys are.
 #pragma once
 
-#include "kernels/attention_keys.h"
+#include "kernels/attention_prefill_block.h"
 #include "kernels/attention_sizes.h"
 
 namespace sink_window_attention {
@@ -34,78 +31,39 @@ struct PrefillTraits {
   static_assert(kSize % 16 == 0 && kSize <= kLargestHead, "heads are padded to whole matrix tiles");
 };
 
-// Keys or values of one range and one (row of the batch, key head).
-template <class Element>
-struct Held {
-  const Element* slots;
-  const Element* fresh;
-};
-
-template <class Element>
-struct PrefillOperands {
-  const Element* query;
-  const Element* query_sink;
-  Held<Element> keys[kParts];
-  Held<Element> values[kParts];
-  const int32_t* past_length;
-  const int32_t* new_length;
-  const float* decay;
-  Element* output;
-  bool coded;  // codes were widened to keys[kFar] and values[kFar]
-};
-
 template <class Traits>
-class Prefill {
-  using Element = typename Traits::Element;
-  using Chunk = Vector<uint32_t, 4>;
+class Prefill : PrefillBlock<Traits> {
+  using Block = PrefillBlock<Traits>;
+  using typename Block::Chunk;
+  using typename Block::Element;
 
  public:
   ROTEXPORT_DEVICE Prefill(const Geometry& geometry, const PrefillOperands<Element>& operands)
-      : g_(geometry),
-        operands_(operands),
+      : Block(geometry, operands),
         query_(0),
         key_(Traits::kQueryBytes),
         value_(Traits::kQueryBytes + Traits::kTileBytes) {}
 
   ROTEXPORT_DEVICE void run() {
-    const int first_token = first_row() / g_.repeat;
-    const Row row = lengths();
-    past_ = row.past;
-    if (first_token < row.fresh) {
-      attend(first_token, row);
+    if (begin()) {
+      attend();
     } else {
-      store([](int, int) { return Chunk{}; });
+      store(warp_row(), Traits::kWarpRows, Block::zeros);
     }
   }
 
  private:
-  // A tile of a range: its first key. `part` is kParts behind the last.
-  struct Tile {
-    int part;
-    int first;
-  };
+  using Block::after;
+  using Block::begin;
+  using Block::first_tile;
+  using Block::g_;
+  using Block::lane;
+  using Block::operands_;
+  using Block::range;
+  using Block::store;
+  using Block::thread;
 
-  ROTEXPORT_DEVICE Range range(int part) const {
-    return range_of(static_cast<Part>(part), g_, operands_.coded, first_query_, last_query_);
-  }
-  ROTEXPORT_DEVICE Tile first_tile(int part) const {
-    Tile tile{part, 0};
-    for (; tile.part < kParts; ++tile.part) {
-      const Range keys = range(tile.part);
-      tile.first = keys.first;
-      if (keys.count() > 0) break;
-    }
-    return tile;
-  }
-  ROTEXPORT_DEVICE Tile after(Tile tile) const {
-    tile.first += Traits::kKeys;
-    return tile.first <= range(tile.part).last ? tile : first_tile(tile.part + 1);
-  }
-
-  ROTEXPORT_DEVICE void attend(int first_token, const Row& row) {
-    const int last_token = (first_row() + Traits::kRows - 1) / g_.repeat;
-    first_query_ = row.past + first_token;
-    last_query_ = row.past + (last_token < row.fresh ? last_token : row.fresh - 1);
+  ROTEXPORT_DEVICE void attend() {
     prepare();
     Tile tile = first_tile(kSinks);
     load_queries(tile.part);
@@ -133,19 +91,10 @@ class Prefill {
   }
 
   ROTEXPORT_DEVICE void prepare() {
-    sloped_ = false;
-    for (int i = lane(); i < Traits::kWarpRows; i += 32) {
-      const RowFacts facts = facts_of(g_, operands_.decay, past_, key_head(), first_row() + warp_row() + i);
-      query_.store(facts_at(warp_row() + i), facts);
-      sloped_ |= facts.slope != 0;
-    }
-    sloped_ = device::any(sloped_);
-    device::warp_barrier();
-    ROTEXPORT_UNROLL
-    for (int r = 0; r < 2 * Traits::kRowTiles; ++r) {
-      maximum_[r] = kHidden;
-      sum_[r] = 0;
-    }
+    sloped_ = Block::prepare_rows(warp_row(), Traits::kWarpRows, [this](int row, const RowFacts& facts) {
+      query_.store(facts_at(row), facts);
+    });
+    softmax_.start();
     ROTEXPORT_UNROLL
     for (int r = 0; r < Traits::kRowTiles; ++r) {
       ROTEXPORT_UNROLL
@@ -168,24 +117,16 @@ class Prefill {
 
   ROTEXPORT_DEVICE void load_queries(int part) const {
     const Element* from = part == kSinks ? operands_.query_sink : operands_.query;
-    const int last_row = (last_query_ - past_ + 1) * g_.repeat - 1;
     ROTEXPORT_ROLL
     for (int i = 0; i < Traits::kRows * Traits::kSize / 8; i += Traits::kThreads) {
       const int at = i + thread();
       const int row = at / (Traits::kSize / 8);
       const int column = at % (Traits::kSize / 8) * 8;
-      const int packed = first_row() + row < last_row ? first_row() + row : last_row;
       if (column < g_.head_size) {
         device::copy_async(query_, row * Traits::kStride + column,
-                           from + query_row(packed) * g_.head_size + column);
+                           from + Block::query_row(Block::real_row(row)) * g_.head_size + column);
       }
     }
-  }
-
-  // Index of a packed row among the rows of queries and outputs.
-  ROTEXPORT_DEVICE int64_t query_row(int packed) const {
-    const int64_t head = int64_t{key_head()} * g_.repeat + packed % g_.repeat;
-    return head * g_.tokens + packed / g_.repeat;
   }
 
   ROTEXPORT_DEVICE void load_keys(const Tile& tile) const {
@@ -197,24 +138,14 @@ class Prefill {
 
   // Rows behind the range's last one repeat it: they are hidden, but must be finite where the others are.
   ROTEXPORT_DEVICE void load_rows(const device::Shared<Element>& to, const Tile& tile,
-                                  const Held<Element> (&held)[kParts], int width) const {
-    const int slots = tile.part == kSinks                     ? g_.sink_slots
-                      : tile.part == kFar || !operands_.coded ? g_.window
-                                                              : g_.recent;
-    const bool all_fresh = tile.first >= past_;
-    const Places places =
-        tile.part == kSinks || all_fresh ? sink_places(past_, slots) : ring_places(past_, g_.sinks, slots);
-    const Held<Element>& part = held[tile.part == kSinks ? kSinks : tile.part == kFar ? kFar : kNear];
-    const int64_t head = key_head();
+                                  const Held<Element> (&parts)[kParts], int width) const {
+    const Storage storage = Block::storage(tile);
+    const Held<Element>& held = Block::held(parts, tile.part);
     const Range range = this->range(tile.part);
-    const auto address = [&](int j) {
-      return places.is_fresh(j) ? part.fresh + (head * g_.tokens + places.token(j)) * width
-                                : part.slots + (head * slots + places.slot(j)) * width;
-    };
-    const int last = tile.first + Traits::kKeys - 1;
-    const bool straight =
-        all_fresh || (last < past_ && places.slot(last) - places.slot(tile.first) == Traits::kKeys - 1);
-    if (Traits::kWholeRows && straight && last <= range.last && width == Traits::kSize) {
+    const auto address = [&](int j) { return Block::address(held, storage, j, width); };
+    const int last = Block::last_key(tile);
+    if (Traits::kWholeRows && Block::in_a_row(tile, storage, last) && last <= range.last &&
+        width == Traits::kSize) {
       copy_neighbours(to, address(tile.first));
       return;
     }
@@ -267,35 +198,15 @@ class Prefill {
     }
   }
 
-  // products_ become weights: powers of two against the rows' maxima, to which the output is brought too.
+  // products_ become weights, and the output is brought to the maxima that they were taken against.
   ROTEXPORT_DEVICE void weigh(const Tile& tile) {
-    const Range range = this->range(tile.part);
-    const int last_key = tile.first + Traits::kKeys - 1;
-    const bool whole = range.shows_all(first_query_, last_query_, tile.first, last_key);
-    const bool slopes = sloped_ && tile.part != kSinks;
-    const Curve curve(g_);
-    const bool plain = whole && !slopes && !(curve.cap > 0);
     float shrinks[2 * Traits::kRowTiles];
-    bool shrinking = false;
-    ROTEXPORT_UNROLL
-    for (int i = 0; i < 2 * Traits::kRowTiles; ++i) {
-      if (!plain) bend(i, curve, range, tile.first, slopes);
-      const float factor = plain ? curve.factor : 1.0f;
-      float largest = kHidden;
-      for_each_product(i, [&](float& x, int) { largest = larger(largest, x); });
-      largest = larger(maximum_[i], largest_of_quad(largest) * factor);
-      const float reference = reference_of(largest);
-      shrinks[i] = device::exp2(maximum_[i] - reference);
-      shrinking |= largest != maximum_[i];
-      maximum_[i] = largest;
-      float sum = 0;
-      for_each_product(i, [&](float& x, int) {
-        x = device::exp2(x * factor - reference);
-        sum += x;
-      });
-      sum_[i] = sum_[i] * shrinks[i] + sum;
-    }
-    if (!device::any(shrinking)) return;
+    const bool shrinking = softmax_.weigh(
+        g_, Block::mask_of(tile, sloped_),
+        [this](int i, int c) -> float& { return products_[i / 2][c / 2][i % 2 * 2 + c % 2]; },
+        [this](int i) { return query_.template load<RowFacts>(facts_at(warp_row() + 8 * i + lane() / 4)); },
+        shrinks);
+    if (!shrinking) return;
     ROTEXPORT_UNROLL
     for (int i = 0; i < 2 * Traits::kRowTiles; ++i) {
       ROTEXPORT_UNROLL
@@ -303,28 +214,6 @@ class Prefill {
         output_[i / 2][n][i % 2 * 2] *= shrinks[i];
         output_[i / 2][n][i % 2 * 2 + 1] *= shrinks[i];
       }
-    }
-  }
-
-  // Products of a row become logits, hidden ones -infinity.
-  ROTEXPORT_DEVICE void bend(int i, const Curve& curve, const Range& range, int first, bool slopes) {
-    const auto facts = query_.template load<RowFacts>(facts_at(warp_row() + 8 * i + lane() / 4));
-    const int first_key = first + lane() % 4 * 2;
-    const float slope = slopes ? facts.slope : 0.0f;
-    const float nearest = slope * static_cast<float>(first_key - facts.position);
-    for_each_product(i, [&](float& x, int key) {
-      x = curve(x) + nearest + slope * static_cast<float>(key);
-      if (!range.shows(facts.position, first_key + key)) x = kHidden;
-    });
-  }
-
-  // Calls visit(product, key - first key of this lane) for row 8 i + lane / 4 of the warp.
-  template <class Visit>
-  ROTEXPORT_DEVICE void for_each_product(int i, const Visit& visit) {
-    ROTEXPORT_UNROLL
-    for (int n = 0; n < Traits::kKeyTiles; ++n) {
-      visit(products_[i / 2][n][i % 2 * 2], 8 * n);
-      visit(products_[i / 2][n][i % 2 * 2 + 1], 8 * n + 1);
     }
   }
 
@@ -362,7 +251,7 @@ class Prefill {
     for (int r = 0; r < Traits::kRowTiles; ++r) {
       ROTEXPORT_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const float inverse = 1.0f / sum_of_quad(sum_[2 * r + half]);
+        const float inverse = softmax_.inverse_sum(2 * r + half);
         const int row = warp_row() + 16 * r + 8 * half + lane() / 4;
         ROTEXPORT_UNROLL
         for (int n = 0; n < 2 * Traits::kSteps; ++n) {
@@ -373,50 +262,18 @@ class Prefill {
       }
     }
     device::warp_barrier();
-    store(
-        [this](int row, int column) { return query_.template load<Chunk>(row * Traits::kStride + column); });
+    store(warp_row(), Traits::kWarpRows, [this](int row, int column) {
+      return query_.template load<Chunk>(row * Traits::kStride + column);
+    });
   }
 
-  // Writes the warp's rows: value(row, column) for real tokens, zeros for padding.
-  template <class Value>
-  ROTEXPORT_DEVICE void store(const Value& value) const {
-    const int rows = g_.tokens * g_.repeat;
-    const int fresh = lengths().fresh;
-    const device::Global<Element> output(operands_.output);
-    for (int i = lane(); i < Traits::kWarpRows * (Traits::kSize / 8); i += 32) {
-      const int row = warp_row() + i / (Traits::kSize / 8);
-      const int column = i % (Traits::kSize / 8) * 8;
-      const int packed = first_row() + row;
-      if (packed >= rows || column >= g_.value_size) continue;
-      const bool real = packed / g_.repeat < fresh;
-      output.from(query_row(packed) * g_.value_size).store(column, real ? value(row, column) : Chunk{});
-    }
-  }
-
-  // What the block works on, found again rather than kept: sums need every register. Key heads are counted
-  // through the batch.
-  static ROTEXPORT_DEVICE int block() { return static_cast<int>(device::opaque(device::block_index())); }
-  ROTEXPORT_DEVICE int first_row() const { return block() % g_.row_tiles * Traits::kRows; }
-  ROTEXPORT_DEVICE Row lengths() const {
-    return load_row(operands_.past_length, operands_.new_length, key_head() / g_.kv_heads, g_.tokens);
-  }
-  ROTEXPORT_DEVICE int key_head() const { return block() / g_.row_tiles; }
-
-  static ROTEXPORT_DEVICE int thread() { return static_cast<int>(device::thread_index()); }
-  static ROTEXPORT_DEVICE int lane() { return thread() % 32; }
   static ROTEXPORT_DEVICE int warp_row() { return thread() / 32 * Traits::kWarpRows; }
 
-  const Geometry& g_;
-  const PrefillOperands<Element>& operands_;
   device::Shared<Element> query_;
   device::Shared<Element> key_;
   device::Shared<Element> value_;
-  int past_;
-  int first_query_;
-  int last_query_;
   bool sloped_;
-  float maximum_[2 * Traits::kRowTiles];
-  float sum_[2 * Traits::kRowTiles];
+  Softmax<2 * Traits::kRowTiles, Traits::kKeys> softmax_;
   float products_[Traits::kRowTiles][Traits::kKeyTiles][4];
   float output_[Traits::kRowTiles][2 * Traits::kSteps][4];
 };

@@ -6,6 +6,12 @@ namespace {
 
 template <class Element>
 Status run_prefill(const Plan& plan, const Operands& operands, void* stream) {
+#ifdef ROTEXPORT_WARPGROUPS
+  if (plan.on_warpgroups) {
+    return plan.size == 64 ? launch_warpgroup_prefill<Element, 64>(plan, operands, stream)
+                           : launch_warpgroup_prefill<Element, 128>(plan, operands, stream);
+  }
+#endif
   switch (plan.size) {
     case 64:
       return launch_prefill<Element, 64>(plan, operands, stream);
@@ -66,6 +72,14 @@ Status copy_cache(const Plan& plan, const Operands& operands, void* stream) {
 }
 
 }  // namespace
+
+bool has_warpgroups() {
+#ifdef ROTEXPORT_WARPGROUPS
+  return device::has_warpgroups();
+#else
+  return false;
+#endif
+}
 
 Status run(const Plan& plan, const Operands& operands, void* stream) {
   const Status copied = copy_cache(plan, operands, stream);

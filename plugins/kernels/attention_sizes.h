@@ -14,6 +14,9 @@ constexpr int kPrefillWarps = 4;
 constexpr int prefill_row_tiles(int size) { return size <= 128 ? 2 : 1; }
 constexpr int prefill_rows(int size) { return 16 * prefill_row_tiles(size) * kPrefillWarps; }
 
+// Prefill on warpgroups takes as many rows.
+constexpr int kWarpgroupKeys = 128;
+
 constexpr int kDecodeRows = 16;
 constexpr int kDecodeStages = 2;
 constexpr int decode_warps(int size) { return size <= 128 ? 4 : 2; }

@@ -99,7 +99,7 @@ template <class T>
 class Shared {
  public:
   ROTEXPORT_DEVICE explicit Shared(unsigned offset) {
-    extern __shared__ __align__(16) char rotexport_shared[];
+    extern __shared__ __align__(1024) char rotexport_shared[];  // as swizzled tiles need it
     data_ = reinterpret_cast<T*>(rotexport_shared + offset);
   }
 
@@ -293,6 +293,16 @@ Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream st
 inline Status copy(void* to, const void* from, size_t bytes, Stream stream) {
   const cudaError_t error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream);
   return {error == cudaSuccess ? nullptr : cudaGetErrorString(error)};
+}
+
+// Whether the current device has Hopper's warpgroup instructions, which no other generation has.
+inline bool has_warpgroups() {
+  constexpr int kHopper = 9;
+  int id = 0;
+  int major = 0;
+  if (cudaGetDevice(&id) != cudaSuccess) return false;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id) != cudaSuccess) return false;
+  return major == kHopper;
 }
 
 // Number of multiprocessors of the current device, 0 where it cannot be read.

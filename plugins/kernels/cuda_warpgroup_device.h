@@ -142,6 +142,9 @@ ROTEXPORT_DEVICE uint64_t describe_matrix(const Shared<T>& from, unsigned index,
   return kSwizzled | kEightRows | uint64_t{leading_bytes >> 4} << 16 | from.address(index) >> 4;
 }
 
+// The same matrix from so many bytes on: further along k, or other panels.
+ROTEXPORT_DEVICE uint64_t advance(uint64_t matrix, unsigned bytes) { return matrix + (bytes >> 4); }
+
 // Registers that were used since the last product are ready for the next ones.
 ROTEXPORT_DEVICE void warpgroup_arrive() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 // The products so far, since the last commit, are a group.
@@ -161,11 +164,11 @@ ROTEXPORT_DEVICE void warpgroup_wait(Registers<float, N>& sums) {
 #define ROTEXPORT_NAMES_32                                 \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
   "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define ROTEXPORT_NAMES_64                                               \
-  ROTEXPORT_NAMES_32                                                     \
-      ","                                                                \
-      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
-      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define ROTEXPORT_NAMES_64                                           \
+  ROTEXPORT_NAMES_32                                                 \
+  ","                                                                \
+  "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
+  "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
 #define ROTEXPORT_WGMMA(COLUMNS, TYPE, SUMS, OPERANDS, ACCUMULATES, ENDING)                     \
   "{\n.reg .pred accumulates;\nsetp.ne.b32 accumulates, " ACCUMULATES                           \

@@ -217,7 +217,7 @@ sink_window_attention::Plan AttentionPlugin<kFormat, kRecent>::plan_for(const nv
   problem.softcap = factors_[1];
   read_shapes(shapes, signature, problem);
   sink_window_attention::Plan plan;
-  const Status planned = sink_window_attention::make_plan(problem, plan);
+  const Status planned = sink_window_attention::make_plan(problem, sink_window_attention::has_warpgroups(), plan);
   if (!planned) throw PluginError{planned.message};
   return plan;
 }

@@ -47,20 +47,15 @@ void upload_operands(Buffers& buffers, const Problem& p, const HostOperands& hos
   operands.output = buffers.allocate(size.output, "output");
 }
 
-}  // namespace
-
-extern "C" {
-
-// `in_place` is whether one buffer is cache and updated cache. The output and the cache are filled when the
-// result is 0; otherwise `message` says what went wrong.
-int emulated_attention(const Problem* problem, const HostOperands* host, int in_place, uint64_t schedule,
-                       char* message, size_t capacity) {
+int run_on_emulator(const Problem* problem, const HostOperands* host, bool on_warpgroups, int in_place,
+                    uint64_t schedule, char* message, size_t capacity) {
   static const char* const kNames[8] = {"sink_key",     "sink_value",       "window_key",
                                         "window_value", "window_key_scale", "window_value_scale",
                                         "recent_key",   "recent_value"};
   Plan plan;
-  const Status planned = make_plan(*problem, plan);
+  const Status planned = make_plan(*problem, on_warpgroups, plan);
   if (!planned) return report(planned.message, message, capacity);
+  plan.on_warpgroups = on_warpgroups && warpgroups_take(plan);  // however small the problem
   size_t bytes[8];
   cache_bytes(*problem, bytes);
   auto& machine = emulator::Machine::instance();
@@ -88,5 +83,22 @@ int emulated_attention(const Problem* problem, const HostOperands* host, int in_
     return report(fault.what(), message, capacity);
   }
   return 0;
+}
+
+}  // namespace
+
+extern "C" {
+
+// `in_place` is whether one buffer is cache and updated cache. The output and the cache are filled when the
+// result is 0; otherwise `message` says what went wrong.
+int emulated_attention(const Problem* problem, const HostOperands* host, int in_place, uint64_t schedule,
+                       char* message, size_t capacity) {
+  return run_on_emulator(problem, host, false, in_place, schedule, message, capacity);
+}
+
+// The same as on Hopper, wherever it has kernels of its own.
+int emulated_warpgroup_attention(const Problem* problem, const HostOperands* host, int in_place,
+                                 uint64_t schedule, char* message, size_t capacity) {
+  return run_on_emulator(problem, host, true, in_place, schedule, message, capacity);
 }
 }
