@@ -26,10 +26,10 @@ from rotexport.learning.spin import spin
 from rotexport.observe import observe_inputs, observe_keys, observe_power, outliers
 from rotexport.output import MODEL, ROTATIONS, OutputDirectory
 from rotexport.passes.smooth_inputs import SmoothDownInputs
-from rotexport.passes.transform_inputs import TransformInputs
 from rotexport.pipeline import (
     Calibrated,
     Pipeline,
+    affine_passes,
     check_attention,
     expected_kernels,
     learned_passes,
@@ -176,8 +176,8 @@ def _compile(prepared: Prepared, options: BuildOptions, folder: Path, stages: St
             if options.validate and recipe.rotations.enabled:
                 found.outliers_after = outliers(observe_inputs(graph, scratch, [samples.tokens]))
 
-        _learn_transforms(prepared, pipeline, scratch, found, stages)
         kept = options.resume or scratch.directory / "blocks"
+        _learn_transforms(prepared, pipeline, kept, found, stages)
         calibrated = _calibrate(prepared, scratch, kept, found, stages)
         plan = found.plan
 
@@ -220,20 +220,25 @@ def _compile(prepared: Prepared, options: BuildOptions, folder: Path, stages: St
 
 
 def _learn_transforms(
-    prepared: Prepared, pipeline: Pipeline, scratch: Scratch, found: Findings, stages: Stages
+    prepared: Prepared, pipeline: Pipeline, kept: Path, found: Findings, stages: Stages
 ) -> None:
-    """Turn R1 and R2 further from where the recipe starts them; put learned maps in front of linears."""
+    """Turn R1 and R2 further from where the recipe starts them; put learned maps in front of linears.
+
+    Settles `found.plan` as far as learned clips change it.
+    """
     recipe, windows = prepared.recipe, prepared.samples.calibration
-    network = Network(prepared.graph, prepared.plan, {}, recipe)
+    found.plan = prepared.plan
+    network = Network(prepared.graph, found.plan, {}, recipe)
     if recipe.rotations.learned:
         with stages("learn rotations") as stage:
-            learned = spin(network, windows, scratch.directory, stage.advance)
+            learned = spin(network, windows, kept / "rotations", stage.advance)
             pipeline.run(learned_passes(learned.matrices), stage.detail)
             found.notes.append(learned.note)
     if recipe.learn_affine.enabled:
         with stages("learn transforms") as stage:
-            transforms = learn_affine(network, windows, scratch.directory, stage.advance)
-            pipeline.run([TransformInputs(transforms)], stage.detail)
+            flat = learn_affine(network, windows, kept / "transforms", stage.advance)
+            pipeline.run(affine_passes(flat.flattening), stage.detail)
+            found.plan = flat.plan
 
 
 def _calibrate(
@@ -241,7 +246,6 @@ def _calibrate(
 ) -> Calibrated:
     """Run the rotated graph on the calibration text as far as the recipe needs; settle `found.plan`."""
     recipe, graph, windows = prepared.recipe, prepared.graph, prepared.samples.calibration
-    found.plan = prepared.plan
     statistics: dict[str, InputStatistics] = {}
     if any(site.activations.enabled and site.activations.mode == "static" for site in found.plan):
         with stages("calibrate"):

@@ -15,6 +15,7 @@ from rotexport.graph.edit import sort
 from rotexport.graph.sites import linears
 from rotexport.graph.twin import float32_twin
 from rotexport.graph.weights import Array
+from rotexport.learning.flat_block import Flattening
 from rotexport.passes.base import Pass, PassReport, Placement
 from rotexport.passes.center_layernorms import CenterLayerNorms
 from rotexport.passes.fold_norms import FoldNorms
@@ -30,6 +31,8 @@ from rotexport.passes.rotate_residual import RotateResidual
 from rotexport.passes.rotation import Given
 from rotexport.passes.share_weights import ShareWeights
 from rotexport.passes.stream_attention import StreamAttention
+from rotexport.passes.transform_heads import TransformKeys, TransformValues
+from rotexport.passes.transform_inputs import TransformInputs
 from rotexport.quant.calibrate import InputStatistics
 from rotexport.quant.plan import SitePlan
 from rotexport.quant.scales import WeightQuantizer
@@ -126,6 +129,13 @@ def learned_passes(learned: Mapping[int | None, Transform]) -> list[Pass]:
     """Return the passes that turn R1 (under None) and R2 (by block) further, by what was learned."""
     passes: list[Pass] = [RotateResidual(Given(learned))] if None in learned else []
     return [*passes, RotateHeads(Given(learned), "r2")] if set(learned) - {None} else passes
+
+
+def affine_passes(learned: Flattening) -> list[Pass]:
+    """Return the passes that put affine transforms in: values first, while nothing is online behind them."""
+    passes: list[Pass] = [TransformValues(learned.values)] if learned.values else []
+    passes += [TransformKeys(learned.keys)] if learned.keys else []
+    return [*passes, TransformInputs(learned.inputs)] if learned.inputs else passes
 
 
 def quantization_passes(recipe: Recipe, plan: Sequence[SitePlan], calibrated: Calibrated) -> list[Pass]:

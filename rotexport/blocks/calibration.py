@@ -91,7 +91,7 @@ class Network:
         scheme = site.activations
         if not scheme.enabled:
             return None
-        number_format = activation_format(scheme.format)
+        number_format = activation_format(scheme.format, scheme.symmetric)
         if scheme.mode == "dynamic":
             return DynamicQuantizer(number_format, scheme.clip, site.activation_group)
         return StaticQuantizer(number_format, self.statistics[site.site].static_scale(scheme))
@@ -143,7 +143,7 @@ def solve_blocks(
     """
     split = split_blocks(network.graph)
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, _digest(network, method, windows))
+    claim(folder, run_digest(network, method, windows))
     runner = _Runner(network, split, method, windows, folder)
     results = []
     with torch.no_grad():
@@ -238,7 +238,7 @@ def _relative_error(task: BlockTask) -> float:
     return (wrong / total) ** 0.5 if total else 0.0
 
 
-def _digest(network: Network, method: BlockMethod, windows: Array) -> str:
+def run_digest(network: Network, method: object, windows: Array) -> str:
     """Tell runs apart by their graph, plan, method and text; weights by what they are computed from."""
     recipe = network.recipe
     described = repr((list(network.plan), recipe.kv_cache, recipe.attention, method)).encode()
@@ -250,7 +250,7 @@ def _digest(network: Network, method: BlockMethod, windows: Array) -> str:
     return digest.hexdigest()
 
 
-def _claim(folder: Path, digest: str) -> None:
+def claim(folder: Path, digest: str) -> None:
     """Make `folder` this run's, or see that it is.
 
     Raises:

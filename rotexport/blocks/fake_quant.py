@@ -10,7 +10,7 @@ from torch import Tensor
 from rotexport.passes.quantize_activations import SMALLEST_SCALE as SMALLEST_ACTIVATION_SCALE
 from rotexport.passes.quantize_cache import BITS
 from rotexport.passes.quantize_cache import SMALLEST_SCALE as SMALLEST_CACHE_SCALE
-from rotexport.quant.formats import FP8, NumberFormat
+from rotexport.quant.formats import FP8, OFFSET_ACTIVATIONS, OFFSET_LEVELS, NumberFormat
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,10 @@ class DynamicQuantizer:
     def __call__(self, x: Tensor) -> Tensor:
         """Return what x [..., K] stands for after quantization."""
         groups = x.unflatten(-1, (-1, self.group))
-        scale = groups.abs().amax(-1, keepdim=True) * (self.clip / self.format.highest)
-        scale = scale.clamp_min(SMALLEST_ACTIVATION_SCALE)
-        return (rounded(groups / scale, self.format) * scale).flatten(-2)
+        scale, bounds = row_levels(groups, self.clip, self.format)
+        if bounds is None:
+            return (rounded(groups / scale, self.format) * scale).flatten(-2)
+        return ((groups / scale).round().clamp(*bounds) * scale).flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,19 @@ class CacheQuantizer:
         scale = (span * (self.clip / levels)).clamp_min(SMALLEST_CACHE_SCALE)
         codes = ((groups - lowest) / scale).round().clamp(0, levels)
         return (codes * scale + lowest).flatten(-2)
+
+
+def row_levels(
+    rows: Tensor, clip: Tensor | float, number_format: NumberFormat
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Return scales [..., 1] of rows [..., g], and the lowest and highest code where each row has its own."""
+    if number_format != OFFSET_ACTIVATIONS:
+        scale = rows.abs().amax(-1, keepdim=True) * (clip / number_format.highest)
+        return scale.clamp_min(SMALLEST_ACTIVATION_SCALE), None
+    least, most = rows.amin(-1, keepdim=True).clamp_max(0), rows.amax(-1, keepdim=True).clamp_min(0)
+    scale = ((most - least) * (clip / (OFFSET_LEVELS - 1))).clamp_min(SMALLEST_ACTIVATION_SCALE)
+    lowest = (least * clip / scale).detach().round()
+    return scale, (lowest, lowest + (OFFSET_LEVELS - 1))
 
 
 def rounded(x: Tensor, number_format: NumberFormat) -> Tensor:

@@ -92,7 +92,7 @@ def _site(site: SitePlan, edits: Edits, probe: _Probe, wider: MixedScheme) -> Se
 def widened(site: SitePlan, wider: MixedScheme) -> SitePlan:
     """Return a site with the wider weight, scaled per output channel."""
     scheme: WeightScheme = replace(site.weights, format=wider.format, group=None)
-    return replace(site, weights=scheme)
+    return replace(site, weights=scheme, clips=None)
 
 
 def weight_bytes(site: SitePlan, outputs: int) -> int:

@@ -8,6 +8,7 @@ learning. s and c are trained by their logarithms, so the map stays invertible.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,11 @@ class Factor(nn.Module):  # type: ignore[misc]  # torch is Any here
         left, right = self._rotations()
         return (left * (-self.log_scale).exp()) @ right
 
+    def exact(self) -> Any:
+        """Return the matrix as a float64 array."""
+        with torch.no_grad():
+            return copy.deepcopy(self).double().matrix().numpy()
+
     def _rotations(self) -> tuple[Tensor, Tensor]:
         return cayley(self.left - self.left.mT), cayley(self.right - self.right.mT)
 
@@ -64,23 +70,21 @@ class KroneckerAffine(nn.Module):  # type: ignore[misc]  # torch is Any here
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x [..., size] transformed."""
-        return _kronecker(x * self.log_scale.exp(), self.left.matrix(), self.right.matrix())
+        return kronecker(x * self.log_scale.exp(), self.left.matrix(), self.right.matrix())
 
     def into_weight(self, weight: Tensor) -> Tensor:
         """Return T⁻¹ W for a weight [size, N]: what reads the transformed input."""
         columns = weight.mT * (-self.log_scale).exp()
-        return _kronecker(columns, self.left.contragredient(), self.right.contragredient()).mT
+        return kronecker(columns, self.left.contragredient(), self.right.contragredient()).mT
 
     def transform(self) -> Transform:
         """Return the map with its numbers in float64."""
-        exact = copy.deepcopy(self).double()
-        with torch.no_grad():
-            factors = [InvertibleMatrix(factor.matrix().numpy()) for factor in (exact.left, exact.right)]
-            scale = exact.log_scale.exp().numpy()
+        factors = [InvertibleMatrix(factor.exact()) for factor in (self.left, self.right)]
+        scale = self.log_scale.detach().double().exp().numpy()
         return ScaledKronecker(Diagonal(scale), KroneckerPair(*factors))
 
 
-def _kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return x (A ⊗ B): with x as a matrix X [a, b], Aᵀ X B."""
-    matrices = x.unflatten(-1, (len(left), len(right)))
-    return (left.mT @ (matrices @ right)).flatten(-2)
+def kronecker(x: Tensor, left: Tensor, right: Tensor | None) -> Tensor:
+    """Return x (A ⊗ B): with x as a matrix X [a, b], Aᵀ X B; B is the identity where `right` is None."""
+    matrices = x.unflatten(-1, (len(left), -1))
+    return (left.mT @ (matrices if right is None else matrices @ right)).flatten(-2)

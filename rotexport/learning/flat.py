@@ -1,29 +1,31 @@
-"""FlatQuant (arXiv 2410.09426): an affine transform in front of the linears, learned block by block.
+"""FlatQuant (arXiv 2410.09426): affine transforms and clips, learned block by block.
 
-Every input of quantized linears gets one Kronecker transform, shared by the linears that read it. A block's
-transforms descend on the relative error of its quantized output, on the float network's own stream. They run
-online; their inverses fold into the weights.
+A block's transforms and clips descend together on the relative error of its quantized output, on the float
+network's own stream (`rotexport.learning.flat_block` says what is learned where). What a block learned and
+the stream behind it are on disk before the next one begins, so an interrupted run loses one block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rotexport.blocks.calibration import Network
-from rotexport.blocks.split import split_blocks
+from rotexport.blocks.calibration import Network, claim, run_digest
+from rotexport.blocks.split import BlockGraph, split_blocks
 from rotexport.blocks.stream import Stream
-from rotexport.blocks.torch_block import Edit, Edits, TorchBlock
+from rotexport.blocks.torch_block import TorchBlock
+from rotexport.graph.basis import analyse
 from rotexport.graph.weights import Array
-from rotexport.learning.affine import KroneckerAffine
+from rotexport.learning.flat_block import FlatBlock, Flattening, Group, Quantizers, value_path
 from rotexport.learning.precision import fast_products
 from rotexport.learning.rotations import quantizers
 from rotexport.learning.training import Advance, AffineTraining
-from rotexport.transforms.transform import Transform
+from rotexport.quant.clipped import save_clips
+from rotexport.quant.plan import SitePlan
 
 SMOOTHING = 0.3  # how much of an uneven channel the first scales take out of the activation
 SMALLEST = 1e-5
@@ -33,51 +35,148 @@ SMALLEST = 1e-5
 class Lesson:
     """A block with the windows it learns from: streams before and behind it, and their context."""
 
-    network: Network
     block: TorchBlock
     inputs: Stream
     targets: Stream
     context: Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class LearnedTransforms:
+    """What was learned, the plan with its clips, and each block's error before and after learning."""
+
+    flattening: Flattening
+    plan: list[SitePlan]
+    errors: dict[int, tuple[float, float]]
+
+
 def learn_affine(
     network: Network, windows: Array, folder: Path, advance: Advance = lambda done, of: None
-) -> dict[tuple[str, ...], Transform]:
-    """Return the transform of every input that quantized linears read, by the sites that read it.
+) -> LearnedTransforms:
+    """Learn the transforms of all blocks, and clips if the recipe wants them.
 
-    Learns on the first of some windows [W, S]; streams are kept in `folder`, two at a time.
+    Args:
+        network: what to quantize; its graph is not changed.
+        windows: calibration token ids [W, S], of which the first are used.
+        folder: where results and two streams are kept; a run that stopped there continues.
+        advance: told (blocks done, blocks in all).
+
+    Raises:
+        OutputError: `folder` holds another run.
+
     """
     training = network.recipe.learn_affine
     plan = [replace(site, activations=replace(site.activations, mode="dynamic")) for site in network.plan]
-    network = replace(network, plan=plan)
-    split = split_blocks(network.graph)
-    chosen, context = windows[: training.windows], split.context(windows.shape[1])
-    first = [split.embed(window) for window in chosen]
-    stream = Stream(folder / "affine-0.stream", (*chosen.shape, first[0].shape[-1]))
-    for index, x in enumerate(first):
-        stream[slice(index, index + 1)] = x
-    learned: dict[tuple[str, ...], Transform] = {}
-    for place, graph in enumerate(split.blocks):
-        block = TorchBlock(graph)
-        behind = Stream(folder / f"affine-{place + 1}.stream", stream.shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = windows[: training.windows]
+    claim(folder, run_digest(network, training, chosen))
+    course = _Course(replace(network, plan=plan), chosen, folder)
+    learned, errors = Flattening(), {}
+    for number, block in enumerate(course.split.blocks):
+        found, errors[block.index] = course.learn(block)
+        learned |= found
+        advance(number + 1, len(course.split.blocks))
+    course.streams_removed()
+    return LearnedTransforms(learned, [course.planned(site, learned) for site in network.plan], errors)
+
+
+class _Course:
+    """Goes from block to block; everything that is needed to go on lies in `folder`."""
+
+    def __init__(self, network: Network, windows: Array, folder: Path) -> None:
+        self.network, self.windows, self.folder = network, windows, folder
+        self.split = split_blocks(network.graph)
+        self.context = self.split.context(windows.shape[1])
+        self._bases = analyse(network.graph)
+        width = int(network.graph.tensors()[self.split.blocks[0].input].shape[-1])
+        self._shape = (*windows.shape, width)
+
+    def learn(self, graph: BlockGraph) -> tuple[Flattening, tuple[float, float]]:
+        """Return what a block learned, now or in an earlier run, and its error before and after."""
+        block, kept = TorchBlock(graph), self.folder / f"block-{graph.index}.pt"
+        if not kept.is_file():
+            self._compute(graph, block, kept)
+        state = torch.load(kept, weights_only=True)
+        units = {group: torch.ones(len(block.weights[group[0]])) for group in self._groups(block)}
+        module = self._module(graph, block, units)
+        module.load_state_dict(state["state"])
+        before, after = state["errors"]
+        return module.export(), (before, after)
+
+    def planned(self, site: SitePlan, learned: Flattening) -> SitePlan:
+        """Return a site's plan with what was learned for its clips."""
+        site = learned.clipped(site)
+        block = site.site.partition(".")[0]
+        if not block.isdigit() or not site.weights.enabled or site.weights.method == "gptq":
+            return site
+        path = self._clips(int(block))
+        return replace(site, clips=path) if path.is_file() else site
+
+    def streams_removed(self) -> None:
+        """Delete what leaves the last block."""
+        for path in self.folder.glob("*.stream"):
+            path.unlink()
+
+    def _compute(self, graph: BlockGraph, block: TorchBlock, kept: Path) -> None:
+        inputs, targets = (Stream(self._stream(graph.index + step), self._shape) for step in (0, 1))
         with torch.no_grad():
-            for batch in stream.batches():
-                behind[batch] = block(stream[batch], context)
-        learned |= _learn_block(Lesson(network, block, stream, behind, context), training)
-        stream.remove()
-        stream = behind
-        advance(place + 1, len(split.blocks))
-    stream.remove()
-    return learned
+            if graph.index == 0:
+                for number, window in enumerate(self.windows):
+                    inputs[slice(number, number + 1)] = self.split.embed(window)
+            for batch in inputs.batches():
+                targets[batch] = block(inputs[batch], self.context)
+        lesson = Lesson(block, inputs, targets, self.context)
+        module = self._module(graph, block, self._scales(lesson))
+        plain, edits = quantizers(self.network, graph)
+        before = mean_error(lesson, lambda x: block(x, self.context, replace(edits, weights=plain)))
+        if not module.empty:
+            train(module, lesson, self.network.recipe.learn_affine)
+        after = mean_error(lesson, lambda x: module(x, self.context))
+        ratios = {site: rounding.ratios() for site, rounding in module.quantizers.weights.items()}
+        known = {site: ratio.numpy() for site, ratio in ratios.items() if ratio is not None}
+        if known:
+            save_clips(self._clips(graph.index), known)
+        partial = kept.with_suffix(".partial")
+        torch.save({"state": module.state_dict(), "errors": [before, after]}, partial)
+        targets.flush()
+        partial.rename(kept)
+        inputs.remove()
+
+    def _module(self, graph: BlockGraph, block: TorchBlock, scales: Mapping[Group, Tensor]) -> FlatBlock:
+        training = self.network.recipe.learn_affine
+        weights, edits = quantizers(self.network, graph, learn_clips=training.clip_rate > 0)
+        standing = Quantizers(edits.inputs, weights, edits.attention)
+        return FlatBlock(block, value_path(block, self._bases), scales, standing, training.seed)
+
+    def _groups(self, block: TorchBlock) -> list[Group]:
+        """Return the sites that share a quantized input."""
+        plan = {site.site: site for site in self.network.plan}
+        return [group for group in block.groups if all(plan[site].activations.enabled for site in group)]
+
+    def _scales(self, lesson: Lesson) -> dict[Group, Tensor]:
+        """Return the scales that the transforms of a block begin with, from the largest magnitudes."""
+        block = lesson.block
+        names = {group: block.input_of[group[0]] for group in self._groups(block)}
+        with torch.no_grad():
+            x = lesson.inputs[slice(0, 1)]
+            seen = block.run(block.begin(x, lesson.context), names.values())
+        return {
+            group: _scale(seen[name], [block.weights[site] for site in group])
+            for group, name in names.items()
+        }
+
+    def _stream(self, index: int) -> Path:
+        return self.folder / f"stream-{index}.stream"
+
+    def _clips(self, index: int) -> Path:
+        return self.folder / f"clips-{index}.npz"
 
 
-def _learn_block(lesson: Lesson, training: AffineTraining) -> dict[tuple[str, ...], Transform]:
-    affine = _start(lesson, training.seed)
-    if not affine:
-        return {}
-    edits = _edits(lesson, affine)
-    parameters = [parameter for module in affine.values() for parameter in module.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=training.rate, fused=True)
+def train(module: FlatBlock, lesson: Lesson, training: AffineTraining) -> None:
+    """Train a block's transforms and clips in place."""
+    groups = [(training.rate, module.transform_parameters()), (training.clip_rate, module.clip_parameters())]
+    rates = [{"params": parameters, "lr": rate} for rate, parameters in groups if parameters and rate]
+    optimizer = torch.optim.Adam(rates, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, training.factor)
     for batch in training.batches(lesson.inputs.shape[0]):
         inputs, targets = (
@@ -86,27 +185,28 @@ def _learn_block(lesson: Lesson, training: AffineTraining) -> dict[tuple[str, ..
         )
         with torch.enable_grad():
             with fast_products():
-                outputs = lesson.block(inputs, lesson.context, edits)
-            error = (outputs - targets).square().sum(-1) / targets.square().sum(-1)
+                outputs = module(inputs, lesson.context)
+            loss = relative_error(outputs, targets).mean()
             optimizer.zero_grad()
-            error.mean().backward()
+            loss.backward()
         optimizer.step()
         schedule.step()
-    return {group: module.transform() for group, module in affine.items()}
 
 
-def _start(lesson: Lesson, seed: int) -> dict[tuple[str, ...], KroneckerAffine]:
-    """Return the transforms of a block as training begins, with scales from the largest magnitudes."""
-    plan = {site.site: site for site in lesson.network.plan}
-    groups = [group for group in lesson.block.groups if all(plan[site].activations.enabled for site in group)]
+def mean_error(lesson: Lesson, block: Callable[[Tensor], Tensor]) -> float:
+    """Return the mean over all tokens of a quantized block's relative squared error."""
+    total = 0.0
     with torch.no_grad():
-        x = lesson.inputs[slice(0, 1)]
-        names = [lesson.block.input_of[group[0]] for group in groups]
-        seen = lesson.block.run(lesson.block.begin(x, lesson.context), names)
-    return {
-        group: KroneckerAffine(_scale(seen[name], [lesson.block.weights[site] for site in group]), seed)
-        for group, name in zip(groups, names, strict=True)
-    }
+        for batch in lesson.inputs.batches():
+            error = relative_error(block(lesson.inputs[batch]), lesson.targets[batch])
+            total += float(error.mean(-1).sum())
+    return total / lesson.inputs.shape[0]
+
+
+def relative_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return |output - target|² / |target|² of every token, for [windows, tokens, width]."""
+    error: Tensor = (outputs - targets).square().sum(-1) / targets.square().sum(-1)
+    return error
 
 
 def _scale(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
@@ -115,22 +215,3 @@ def _scale(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     widest = torch.stack([weight.abs().amax(1) for weight in weights]).amax(0).clamp_min(SMALLEST)
     scale = widest ** (1 - SMOOTHING) / largest**SMOOTHING
     return scale / scale.mean()
-
-
-def _edits(lesson: Lesson, affine: Mapping[tuple[str, ...], KroneckerAffine]) -> Edits:
-    """Return the block's quantizers, each behind its transform."""
-    rounding, own = quantizers(lesson.network, lesson.block.block)
-    inputs: dict[str, Edit] = dict(own.inputs)
-    weights: dict[str, Edit] = dict(rounding)
-    for group, module in affine.items():
-        shared: dict[int, Edit] = {}
-        for site in group:
-            quantizer = inputs[site]
-            inputs[site] = shared.setdefault(id(quantizer), _then(module, quantizer))
-            after = weights.get(site)
-            weights[site] = module.into_weight if after is None else _then(module.into_weight, after)
-    return Edits(inputs, weights, own.attention)
-
-
-def _then(first: Edit, second: Edit) -> Edit:
-    return lambda x: second(first(x))

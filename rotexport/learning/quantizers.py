@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rotexport.blocks.fake_quant import row_levels
 from rotexport.learning.lsq import lsq_gradient_factor, narrowed, round_clip, scale_gradient
 from rotexport.quant.formats import INT4, NumberFormat, activation_format
 from rotexport.quant.scales import LARGEST_FACTOR, QuantizedTensor
 from rotexport.quant.scheme import ActivationScheme
 
 KEPT_OFFSET = 0.25  # of a step: nearer its code's ends, a number would leave the code at the first noise
-SMALLEST_ROW_SCALE = 1e-10  # as in the graph
 MOST_CERTAIN_CLIP = 0.982  # sigmoid(4): where a clip of 1 begins, so that it has a gradient (OmniQuant)
 
 
@@ -144,7 +144,7 @@ class ActivationQuantizer(nn.Module):  # type: ignore[misc]  # torch is Any here
     def __init__(self, scheme: ActivationScheme, group: int, learn_clip: bool) -> None:
         """Start from the scheme's clip; `group` channels share a scale."""
         super().__init__()
-        self.format = activation_format(scheme.format)
+        self.format = activation_format(scheme.format, scheme.symmetric)
         self.group = group
         self._fixed = scheme.clip
         start = min(scheme.clip, MOST_CERTAIN_CLIP)
@@ -158,9 +158,8 @@ class ActivationQuantizer(nn.Module):  # type: ignore[misc]  # torch is Any here
     def forward(self, x: Tensor) -> Tensor:
         """Return x as it comes back from quantization."""
         rows = x.reshape(*x.shape[:-1], -1, self.group)
-        largest = rows.detach().abs().amax(-1, keepdim=True)
-        scale = (largest * (self.clip / self.format.highest)).clamp_min(SMALLEST_ROW_SCALE)
-        codes = round_clip(rows / scale, self.format.lowest, self.format.highest)
+        scale, bounds = row_levels(rows.detach(), self.clip, self.format)
+        codes = round_clip(rows / scale, *(bounds or (self.format.lowest, self.format.highest)))
         return (codes * scale).reshape(x.shape)
 
 

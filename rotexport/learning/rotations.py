@@ -102,22 +102,24 @@ class Rotations(nn.Module):  # type: ignore[misc]  # torch is Any here
         return values
 
 
-def quantizers(network: Network, block: BlockGraph) -> tuple[dict[str, Edit], Edits]:
+def quantizers(
+    network: Network, block: BlockGraph, learn_clips: bool = False
+) -> tuple[dict[str, WeightRounding], Edits]:
     """Return differentiable quantizers of a block: of weights by site, and of inputs and cache."""
     plan = {site.site: site for site in network.plan}
     inputs: dict[str, Edit] = {}
     shared: dict[object, Edit] = {}
-    weights: dict[str, Edit] = {}
+    weights: dict[str, WeightRounding] = {}
     for site in block.sites:
         planned = plan[site.name]
         scheme = planned.activations
         if scheme.enabled:
             key = (site.input.name, scheme, planned.activation_group)
             if key not in shared:
-                shared[key] = ActivationQuantizer(scheme, planned.activation_group, learn_clip=False)
+                shared[key] = ActivationQuantizer(scheme, planned.activation_group, learn_clips)
             inputs[site.name] = shared[key]
         if planned.weights.enabled and planned.weights.method != "gptq":
-            weights[site.name] = WeightRounding(planned, int(site.weight.shape[1]), learn_clip=False)
+            weights[site.name] = WeightRounding(planned, int(site.weight.shape[1]), learn_clips)
     caches = {name: StraightThrough(edit) for name, edit in network.edits(block).attention.items()}
     return weights, Edits(inputs, {}, caches)
 

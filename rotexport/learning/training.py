@@ -95,11 +95,16 @@ class RotationTraining:
 
 @dataclass(frozen=True)
 class AffineTraining:
-    """Adam for `steps` steps a block (0: none) of `batch` windows of the first `windows`; `rate` falls."""
+    """Adam for `steps` steps a block (0: none) of `batch` windows of the first `windows`; rates fall.
+
+    `rate` is of the transforms, `clip_rate` of the logits of clips, of weights and dynamic activations; at 0
+    none are learned. Weights that GPTQ chooses have no clip.
+    """
 
     steps: int = 0
     batch: int = 1
     rate: float = 0.005
+    clip_rate: float = 0.0
     windows: int = 8
     seed: int = 0
 
@@ -107,6 +112,10 @@ class AffineTraining:
         _check_counts({key: getattr(self, key) for key in ("steps", "batch", "windows", "seed")})
         if isinstance(self.rate, bool) or not isinstance(self.rate, int | float) or not 0 < self.rate < 1:
             raise RecipeError(f"rate: {self.rate!r} is not above 0 and below 1")
+        if isinstance(self.clip_rate, bool) or not isinstance(self.clip_rate, int | float):
+            raise RecipeError(f"clip_rate: {self.clip_rate!r} is not a number")
+        if not 0 <= self.clip_rate < 1:
+            raise RecipeError(f"clip_rate: {self.clip_rate!r} is not at least 0 and below 1")
 
     @property
     def enabled(self) -> bool:

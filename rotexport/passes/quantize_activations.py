@@ -16,8 +16,10 @@ A static scale is a vector of equal numbers in front and goes into the weight's 
 scalar becomes a literal in the kernels TensorRT-RTX generates, and layers cannot share them (SmolLM2-135M:
 398 kernels in the plan instead of 284, 8 MB more).
 
-4-bit activations are int8 codes within -7..7. Everything between the float activation and the product's
-result is float32 (except static fp8, see `narrow_product`), with a Cast on either side in narrower graphs.
+4-bit activations are int8 codes within -7..7, or, asymmetric, within t..t+15 with a t of -15 to 0 for every
+row: no zero point is left for the product to take off. Everything between the float activation and the
+product's result is float32 (except static fp8, see `narrow_product`), with a Cast on either side in narrower
+graphs.
 """
 
 from __future__ import annotations
@@ -36,7 +38,13 @@ from rotexport.passes.base import Pass, PassReport, Preserves
 from rotexport.passes.quantize_weights import narrow_product, requantized
 from rotexport.quant.calibrate import InputStatistics
 from rotexport.quant.emit import FLOAT, INT64, Emitter, float_type, insert
-from rotexport.quant.formats import INT4, NumberFormat, activation_format
+from rotexport.quant.formats import (
+    INT4,
+    OFFSET_ACTIVATIONS,
+    OFFSET_LEVELS,
+    NumberFormat,
+    activation_format,
+)
 from rotexport.quant.plan import SitePlan, WeightForm, planned_nodes
 
 SMALLEST_SCALE: Final = 1e-10  # of a token: a row of zeros stays zero
@@ -118,7 +126,7 @@ class QuantizeActivations(Pass):
                 raise GraphError(f"site {site.site}: its weights must be quantized before its activations")
 
     def _quantized(self, emitter: Emitter, values: gs.Variable, site: SitePlan) -> QuantizedInput:
-        number_format = activation_format(site.activations.format)
+        number_format = activation_format(site.activations.format, site.activations.symmetric)
         per_group = site.activation_group != site.inputs
         result_type = float_type(values) if narrow_product(site) else FLOAT
         values = emitter.cast("widened", values, FLOAT)
@@ -130,6 +138,9 @@ class QuantizeActivations(Pass):
             values = _grouped(emitter, values, site)
         if per_group:
             values, scale = _normalized(emitter, values, number_format, site.activations.clip)
+        if scale is not None and not site.activations.symmetric:
+            codes = _rounded(emitter, values, 1.0, number_format, result_type)
+            return QuantizedInput(codes, scale, leading=leading, scale_per_group=per_group)
         if scale is not None:
             codes = _codes(emitter, values, 1.0, number_format, result_type)
             return QuantizedInput(codes, scale, leading=leading, scale_per_group=per_group)
@@ -167,8 +178,10 @@ def _times(scales: gs.Constant, step: float) -> gs.Constant:
 def _normalized(
     emitter: Emitter, values: gs.Variable, number_format: NumberFormat, clip: float
 ) -> tuple[gs.Variable, gs.Variable]:
-    """Return rows [..., K] divided by their scales, and the scales [..., 1]."""
+    """Return rows [..., K] divided by their scales, and the scales [..., 1]; without zero points, clipped."""
     shape = None if values.shape is None else [*values.shape[:-1], 1]
+    if number_format == OFFSET_ACTIVATIONS:
+        return _offset(emitter, values, shape, clip)
     magnitude = emitter.emit("Abs", "magnitude", [values], values.shape)
     axes = emitter.integers("last", [-1])
     largest = emitter.emit("ReduceMax", "largest", [magnitude, axes], shape, keepdims=1)
@@ -176,6 +189,27 @@ def _normalized(
     scale = emitter.emit("Mul", "unguarded_scale", [largest, step], shape)
     scale = emitter.emit("Max", "scale", [scale, emitter.number("smallest", SMALLEST_SCALE)], shape)
     return emitter.emit("Div", "normalized", [values, scale], values.shape), scale
+
+
+def _offset(
+    emitter: Emitter, values: gs.Variable, shape: list[int | str | None] | None, clip: float
+) -> tuple[gs.Variable, gs.Variable]:
+    """Return rows [..., K] divided by scales whose 16 levels span them, clipped to those; and the scales."""
+    axes, zero = emitter.integers("last", [-1]), emitter.number("zero", 0)
+    ends = []
+    for reduce, beyond, label in (("ReduceMin", "Min", "least"), ("ReduceMax", "Max", "most")):
+        end = emitter.emit(reduce, f"{label}_value", [values, axes], shape, keepdims=1)
+        ends.append(emitter.emit(beyond, label, [end, zero], shape))
+    span = emitter.emit("Sub", "span", ends[::-1], shape)
+    step = emitter.number("step", clip / (OFFSET_LEVELS - 1))
+    scale = emitter.emit("Mul", "unguarded_scale", [span, step], shape)
+    scale = emitter.emit("Max", "scale", [scale, emitter.number("smallest", SMALLEST_SCALE)], shape)
+    clipped = emitter.emit("Mul", "clipped_least", [ends[0], emitter.number("clip", clip)], shape)
+    lowest = emitter.emit("Round", "lowest", [emitter.emit("Div", "steps", [clipped, scale], shape)], shape)
+    highest = emitter.emit("Add", "highest", [lowest, emitter.number("levels", OFFSET_LEVELS - 1)], shape)
+    normalized = emitter.emit("Div", "normalized", [values, scale], values.shape)
+    raised = emitter.emit("Max", "raised", [normalized, lowest], values.shape)
+    return emitter.emit("Min", "lowered", [raised, highest], values.shape), scale
 
 
 def _grouped(emitter: Emitter, values: gs.Variable, site: SitePlan) -> gs.Variable:
@@ -199,6 +233,16 @@ def _codes(
         lowest = emitter.number("lowest", number_format.lowest * step)
         highest = emitter.number("highest", number_format.highest * step)
         values = emitter.emit("Clip", "clipped", [values, lowest, highest], values.shape)
+    return _rounded(emitter, values, step, number_format, result_type)
+
+
+def _rounded(
+    emitter: Emitter,
+    values: gs.Variable,
+    step: float,
+    number_format: NumberFormat,
+    result_type: np.dtype[Any],
+) -> gs.Variable:
     scale = emitter.number("quantizer_scale", step)
     codes = emitter.quantize("codes", values, scale, number_format)
     return emitter.dequantize("dequantized", codes, scale, result_type)

@@ -29,6 +29,7 @@ import onnx_graphsurgeon as gs
 from rotexport.errors import GraphError
 from rotexport.graph.weights import Cast, Weight, weight_of
 from rotexport.passes.base import Pass, PassReport, Preserves
+from rotexport.quant.clipped import ClippedRounding
 from rotexport.quant.emit import FLOAT, Emitter, float_type, insert
 from rotexport.quant.formats import ACTIVATION_FORMATS, weight_format
 from rotexport.quant.lazy import Memo, Part, Quantization, QuantizedPart
@@ -75,7 +76,12 @@ class QuantizeWeights(Pass):
 
 
 def quantizer_of(site: SitePlan) -> WeightQuantizer:
-    """Return the quantizer that rounds a site's weight as its scheme asks."""
+    """Return the quantizer that rounds a site's weight as its scheme, or what was learned for it, asks."""
+    rounding = _rounding(site)
+    return rounding if site.clips is None else ClippedRounding(rounding, site.clips, site.site)
+
+
+def _rounding(site: SitePlan) -> ScaledRounding | AsymmetricRounding:
     scheme, search = site.weights, site.weights.method != "rtn"
     number_format = weight_format(scheme.format, scheme.symmetric)
     if not scheme.symmetric:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from rotexport.graph.edit import consumers, producer
-from rotexport.graph.sites import Linear, is_linear, linears
+from rotexport.graph.sites import is_linear, linears
 from rotexport.graph.weights import Array, InMemory, Scaled, set_weight, weight_of
 from rotexport.passes.base import Pass, PassReport, Preserves
 from rotexport.passes.rotation import own_constant
@@ -39,7 +39,7 @@ class SmoothDownInputs(Pass):
         for linear in linears(graph):
             if linear.role != "down" or linear.name not in self._power:
                 continue
-            up = _factor(linear)
+            up = linear_factor(linear.input)
             if up is None:
                 report.notes.append(f"{linear.name}: its input is no product with a linear; left as it is")
                 continue
@@ -64,10 +64,10 @@ def smoothing(power: Array, weight: Array) -> Array:
     return result
 
 
-def _factor(down: Linear) -> gs.Node | None:
-    """Return the linear whose output, used nowhere else, is a factor of the down projection's input."""
-    product = producer(down.input)
-    if product is None or product.op != "Mul" or len(consumers(down.input)) != 1:
+def linear_factor(value: gs.Variable) -> gs.Node | None:
+    """Return the linear whose output, used nowhere else, is a factor of a tensor that is read once."""
+    product = producer(value)
+    if product is None or product.op != "Mul" or len(consumers(value)) != 1:
         return None
     for tensor in product.inputs:
         writer = producer(tensor)

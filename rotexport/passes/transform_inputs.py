@@ -1,19 +1,26 @@
 """Learned transforms of linears' inputs: online in front of them, their inverses in the weights.
 
-Preserves the function within rounding: (x T)(T⁻¹ W) = x W, for every linear that reads x (FlatQuant).
+Preserves the function within rounding: (x T)(T⁻¹ W) = x W, for every linear that reads x (FlatQuant). Where
+T = diag(c) P and what writes x can take c up, a norm or the linear whose output is a factor of x, only P runs
+online.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 import onnx_graphsurgeon as gs
 
+from rotexport.graph.edit import consumers, producer
 from rotexport.graph.sites import linears
-from rotexport.graph.weights import Folded, set_weight, weight_of
+from rotexport.graph.weights import Folded, InMemory, Scaled, set_weight, weight_of
 from rotexport.passes.base import Pass, PassReport, Placement, Preserves, Where
 from rotexport.passes.rotation import insert_online, own_constant
-from rotexport.transforms.transform import Transform
+from rotexport.passes.smooth_inputs import linear_factor
+from rotexport.transforms.transform import Diagonal, ScaledKronecker, Transform
+
+NORMS: Final = ("RMSNormalization", "LayerNormalization")
 
 
 class TransformInputs(Pass):
@@ -29,14 +36,42 @@ class TransformInputs(Pass):
         sites = {linear.name: linear for linear in linears(graph)}
         report = PassReport()
         for group, transform in self._transforms.items():
-            readers = [sites[name].node for name in group]
+            source, readers = sites[group[0]].input, [sites[name].node for name in group]
             for reader in readers:
                 weight = own_constant(reader, 1)
                 set_weight(weight, Folded(weight_of(weight), transform.contragredient(), axis=0))
-            insert_online(graph, sites[group[0]].input, transform, readers)
+            online, reason = transform, "learned for this input"
+            if isinstance(transform, ScaledKronecker) and transform.scale is not None:
+                place = _take_up(graph, source, readers, transform.scale)
+                if place is not None:
+                    online = ScaledKronecker(None, transform.pair)
+                    reason = f"{reason}; its scales are folded into the {place}"
+            insert_online(graph, source, online, readers)
             report.changed += 1
-            reason = "learned for this input"
-            report.placements += [
-                Placement("affine", name, Where.ONLINE, transform, reason) for name in group
-            ]
+            report.placements += [Placement("affine", name, Where.ONLINE, online, reason) for name in group]
         return report
+
+
+def _take_up(graph: gs.Graph, source: gs.Variable, readers: list[gs.Node], scale: Diagonal) -> str | None:
+    """Multiply a tensor by a scale where it is written; return that place, or None if there is none."""
+    known = {id(reader) for reader in readers}
+    others = any(id(node) not in known for node in consumers(source))
+    if others or any(source is output for output in graph.outputs):
+        return None
+    writer, factors = producer(source), InMemory(scale.values)
+    if writer is not None and writer.op in NORMS:
+        vectors = range(1, len(writer.inputs))
+        if any(tuple(writer.inputs[index].shape) != (scale.size,) for index in vectors):
+            return None
+        if not all(isinstance(writer.inputs[index], gs.Constant) for index in vectors):
+            return None
+        for index in vectors:
+            vector = own_constant(writer, index)
+            set_weight(vector, Scaled(weight_of(vector), factors, axis=0))
+        return "norm"
+    factor = linear_factor(source)
+    if factor is None:
+        return None
+    weight = own_constant(factor, 1)
+    set_weight(weight, Scaled(weight_of(weight), factors, axis=1))
+    return "factor that a linear computes"

@@ -67,6 +67,9 @@ ACTIVATION_FORMATS: Final = {
     "int4": NumberFormat("int4", INT8, -7, 7),
     "fp8": NumberFormat("fp8", FP8, -448, 448),
 }
+# Counted from a token's own lowest level, which is 0 to 15 steps below zero: within int8.
+OFFSET_ACTIVATIONS: Final = NumberFormat("int4", INT8, -15, 15)
+OFFSET_LEVELS: Final = 16
 
 
 def weight_format(name: str, symmetric: bool = True) -> NumberFormat:
@@ -74,9 +77,9 @@ def weight_format(name: str, symmetric: bool = True) -> NumberFormat:
     return _named(name, WEIGHT_FORMATS if symmetric else ASYMMETRIC_WEIGHT_FORMATS)
 
 
-def activation_format(name: str) -> NumberFormat:
-    """Return the format of activations called `name`."""
-    return _named(name, ACTIVATION_FORMATS)
+def activation_format(name: str, symmetric: bool = True) -> NumberFormat:
+    """Return the format of activations called `name`; without `symmetric`, of 4-bit ones alone."""
+    return _named(name, ACTIVATION_FORMATS if symmetric else {"int4": OFFSET_ACTIVATIONS})
 
 
 def _named(name: str, formats: dict[str, NumberFormat]) -> NumberFormat:

@@ -40,7 +40,8 @@ def loss(weight: Array, quantized: Array, hessian: Array) -> float:
 def gptq(weight: Array, hessian: Array, grid: Grid, settings: GptqSettings) -> Array:
     """Quantize a matrix [K, N] onto `grid`, fitting its scales on the way; return codes [K, N] as floats.
 
-    Codes are counted from the grid's zero points. `hessian` [K, K] is positive definite (see `damped`). Everything is computed in the type of `weight`.
+    Codes are counted from the grid's zero points. `hessian` [K, K] is positive definite (see `damped`).
+    Everything is computed in the type of `weight`.
     """
     permutation = np.arange(len(weight))
     if settings.order == "activation":

@@ -62,6 +62,8 @@ def linear_operator(site: SitePlan) -> LinearOperator | str:
         return f"there is no kernel for {formats[0]} weights and {formats[1]} activations"
     if not site.weights.symmetric:
         return "its weights have zero points"
+    if not site.activations.symmetric:
+        return "its activations have zero points"
     operator = _operator(site)
     return next(_refusals(site, operator), operator)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from pathlib import Path
 from typing import Final
 
 import onnx_graphsurgeon as gs
@@ -31,6 +32,7 @@ class SitePlan:
     """One linear: its site name, its MatMul node's name, its input width K, and its schemes.
 
     `operator`: it becomes a QuantizedLinear operator (`rotexport.quant.operators`), not standard nodes.
+    `clips` is the file of what was learned for the ranges of its weight (`rotexport.quant.clipped`).
 
     Raises:
         RecipeError: the schemes do not go together, or a group does not divide K.
@@ -43,6 +45,7 @@ class SitePlan:
     weights: WeightScheme
     activations: ActivationScheme
     operator: bool = False
+    clips: Path | None = None
 
     def __post_init__(self) -> None:
         weight_group, activation_group = self.weight_group, self.activation_group

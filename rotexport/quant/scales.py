@@ -80,15 +80,15 @@ class ScaledRounding:
     search: bool
     two_level: bool = False
 
-    def quantize(self, weight: Array) -> QuantizedTensor:
-        """Quantize a float matrix [K, N]."""
+    def quantize(self, weight: Array, ratios: Array | None = None) -> QuantizedTensor:
+        """Quantize a float matrix [K, N]; `ratios` [K / group, N] of the ranges replace the search."""
         inputs, outputs = weight.shape
         group_count = inputs // self.group
         codes = np.empty((inputs, outputs), np.int8 if self.format.storage == INT4 else self.format.storage)
         scales = np.empty((1 if self.two_level else group_count, outputs), np.float32)
         factors = np.empty((group_count, outputs), np.float32) if self.two_level else None
         for columns, groups in _chunks(weight, self.group):
-            scale = self._scale(groups)
+            scale = self._scale(groups, None if ratios is None else ratios[:, columns].T)
             if factors is not None:
                 factor = _integer_factors(scale)
                 channel = _channel_scale(groups, scale, factor, self.format)
@@ -100,7 +100,9 @@ class ScaledRounding:
             codes[:, columns] = rounded.reshape(len(rounded), inputs).T
         return QuantizedTensor(codes.astype(self.format.storage, copy=False), scales, factors)
 
-    def _scale(self, groups: Array) -> Array:
+    def _scale(self, groups: Array, ratios: Array | None) -> Array:
+        if ratios is not None:
+            return (max_scale(groups, self.format) * ratios).astype(np.float32)
         scale = _searched_scale(groups, self.format) if self.search else max_scale(groups, self.format)
         return scale.astype(np.float32)  # codes are made with the scale that is stored, not a finer one
 
@@ -113,14 +115,14 @@ class AsymmetricRounding:
     group: int
     search: bool
 
-    def quantize(self, weight: Array) -> QuantizedTensor:
-        """Quantize a float matrix [K, N]."""
+    def quantize(self, weight: Array, ratios: Array | None = None) -> QuantizedTensor:
+        """Quantize a float matrix [K, N]; `ratios` [K / group, N] of the ranges replace the search."""
         inputs, outputs = weight.shape
         codes = np.empty((inputs, outputs), np.int8)
         scales = np.empty((inputs // self.group, outputs), np.float32)
         zeros = np.empty(scales.shape, np.int8)
         for columns, groups in _chunks(weight, self.group):
-            scale, zero = self._levels(groups)
+            scale, zero = self._levels(groups, None if ratios is None else ratios[:, columns].T)
             scale = scale.astype(np.float32)
             centered = round_centered(groups / scale[..., None], zero[..., None], self.format)
             codes[:, columns] = (centered + zero[..., None]).reshape(len(groups), inputs).T
@@ -128,8 +130,10 @@ class AsymmetricRounding:
         storage = self.format.storage
         return QuantizedTensor(codes.astype(storage, copy=False), scales, zeros=zeros.astype(storage))
 
-    def _levels(self, groups: Array) -> tuple[Array, Array]:
+    def _levels(self, groups: Array, ratios: Array | None) -> tuple[Array, Array]:
         scale, zero = spanning_levels(groups, self.format, 1.0)
+        if ratios is not None:  # clipped at both ends alike, a range keeps its zero point
+            return scale * ratios, zero
         if not self.search:
             return scale, zero
         best_gain, best, widest = np.zeros_like(scale), np.ones_like(scale), scale

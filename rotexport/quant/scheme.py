@@ -104,7 +104,8 @@ class ActivationScheme:
 
     Static scales are per tensor, from calibration, where `observer` (and `percentile`, in percent of all
     elements) sets the range; dynamic scales are per token, or per token and `group` of channels, from
-    the values themselves. `clip` multiplies every range.
+    the values themselves. Without `symmetric` the 16 levels of 4-bit activations reach from the least to the
+    largest value, zero included. `clip` multiplies every range.
     """
 
     format: str = "none"
@@ -113,6 +114,7 @@ class ActivationScheme:
     percentile: float = DEFAULT_PERCENTILE
     clip: float = 1.0
     group: Group = None
+    symmetric: bool = True
 
     def __post_init__(self) -> None:
         _one_of("activations.format", self.format, LINEAR_FORMATS)
@@ -126,6 +128,13 @@ class ActivationScheme:
             raise RecipeError(
                 f"activations.group: {self.group} needs activations.mode: dynamic; "
                 "static scales are per tensor, so set the group to null"
+            )
+        if not isinstance(self.symmetric, bool):
+            raise RecipeError(f"activations.symmetric: {self.symmetric!r} is not true or false")
+        if not self.symmetric and (self.format, self.mode) != ("int4", "dynamic"):
+            raise RecipeError(
+                f"activations.symmetric: false is for dynamic int4, not {self.mode} {self.format}: "
+                "codes less a zero point must fit 8 bits; set it to true"
             )
 
     @property

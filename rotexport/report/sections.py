@@ -20,6 +20,7 @@ ROTATIONS = {
     "r3": "R3, queries and keys after their positions",
     "r4": "R4, inputs of down projections",
     "o_heads": "inputs of output projections, across heads",
+    "affine": "learned affine transforms",
 }
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from rotexport.errors import TransformError
 from rotexport.transforms import online
-from rotexport.transforms.base import Transform, quotient
+from rotexport.transforms.base import Transform
 from rotexport.transforms.matrices import Diagonal
 from rotexport.transforms.online import Online
 
@@ -55,33 +56,44 @@ class KroneckerPair(Transform):
 
 @dataclass(frozen=True)
 class ScaledKronecker(Transform):
-    """T = diag(c) (A ⊗ B): what FlatQuant learns for an input; one operator where it runs online."""
+    """T = diag(c) (A ⊗ B): what FlatQuant learns for an input; one operator where it runs online.
 
-    scale: Diagonal
+    `scale` is None where there is none, or what writes x has taken it up.
+
+    Raises:
+        TransformError: sizes differ.
+
+    """
+
+    scale: Diagonal | None
     pair: KroneckerPair
 
     def __post_init__(self) -> None:
-        quotient(self.pair.size, self.scale.size)
         self._set_size(self.pair.size)
+        if self.scale is not None and self.scale.size != self.size:
+            raise TransformError(f"a scale of {self.scale.size} does not fit vectors of length {self.size}")
 
     @property
     def orthogonal(self) -> bool:
-        return self.scale.orthogonal and self.pair.orthogonal
+        return (self.scale is None or self.scale.orthogonal) and self.pair.orthogonal
 
     def apply(self, x: Array) -> Array:
-        return self.pair.apply(self.scale.apply(x))
+        return self.pair.apply(x if self.scale is None else self.scale.apply(x))
 
     def inverse(self) -> Composition:
-        return Composition((self.pair.inverse(), self.scale.inverse()))
+        scales = () if self.scale is None else (self.scale.inverse(),)
+        return Composition((self.pair.inverse(), *scales))
 
     def contragredient(self) -> ScaledKronecker:
-        return ScaledKronecker(Diagonal(1 / self.scale.values), self.pair.contragredient())
+        scale = None if self.scale is None else self.scale.inverse()
+        return ScaledKronecker(scale, self.pair.contragredient())
 
     def online_nodes(self, name: str, x: gs.Variable) -> Online:
-        return online.kronecker(name, x, self.scale.values, self.pair.left.dense(), self.pair.right.dense())
+        scale = np.ones(1) if self.scale is None else self.scale.values
+        return online.kronecker(name, x, scale, self.pair.left.dense(), self.pair.right.dense())
 
     def describe(self) -> str:
-        return f"scaled {self.pair.describe()}"
+        return self.pair.describe() if self.scale is None else f"scaled {self.pair.describe()}"
 
 
 @dataclass(frozen=True)

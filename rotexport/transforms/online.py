@@ -40,7 +40,7 @@ def fast_hadamard(name: str, x: gs.Variable, signs: Array, base: Array, power: i
 
 
 def kronecker(name: str, x: gs.Variable, scale: Array, left: Array, right: Array) -> Online:
-    """Return KroneckerTransform: (x · scale)(left ⊗ right)."""
+    """Return KroneckerTransform: (x · scale)(left ⊗ right), `scale` a vector or one number."""
     tables = {"scale": scale, "left": left, "right": right}
     inputs = [x, *(gs.Constant(f"{name}.{key}", table.astype(_dtype(x))) for key, table in tables.items())]
     nodes, result = _node("KroneckerTransform", name, inputs)

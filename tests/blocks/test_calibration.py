@@ -37,6 +37,8 @@ W4A8 = {
 SCHEMES = {
     "two-level": W4A8,
     "grouped": W4A8 | {"activations": {"format": "int4", "mode": "dynamic", "group": 32}},
+    "asymmetric activations": W4A8
+    | {"activations": {"format": "int4", "mode": "dynamic", "group": 32, "symmetric": False}},
     "per channel": W4A8 | {"weights": {"format": "int4", "method": "gptq"}},
     "weights alone": {"dtype": "fp32", "weights": {"format": "int4", "group": 32, "method": "gptq"}},
     "asymmetric": W4A8 | {"weights": {"format": "int4", "group": 32, "method": "gptq", "symmetric": False}},

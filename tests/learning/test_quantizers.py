@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rotexport.blocks.fake_quant import CacheQuantizer
+from rotexport.blocks.fake_quant import CacheQuantizer, DynamicQuantizer
 from rotexport.learning.quantizers import ActivationQuantizer, LearnedWeight, StraightThrough, WeightGrid
 from rotexport.quant.formats import weight_format
 from rotexport.quant.scales import AsymmetricRounding, QuantizedTensor, ScaledRounding
@@ -129,6 +129,19 @@ def test_activations_are_quantized_as_the_graph_does(form: str, group: int) -> N
     difference = np.abs(quantizer(x).detach().numpy() - expected)
     # A value that float32 puts on the other side of a tie may differ by a step: none does with this seed.
     assert difference.max() < 1e-6 * np.abs(expected).max()
+
+
+def test_asymmetric_activations_are_quantized_as_in_calibration() -> None:
+    x = torch.randn(3, 5, 48, generator=torch.Generator().manual_seed(2)).abs() - 0.3
+    scheme = ActivationScheme("int4", "dynamic", clip=0.9, symmetric=False)
+    quantizer = ActivationQuantizer(scheme, 16, learn_clip=False)
+    rows = x.double().numpy().reshape(3, 5, -1, 16)
+    least = np.minimum(rows.min(-1, keepdims=True), 0)
+    scale = (np.maximum(rows.max(-1, keepdims=True), 0) - least) * 0.9 / 15
+    lowest = np.rint(least * 0.9 / scale)
+    expected = (np.clip(np.rint(rows / scale), lowest, lowest + 15) * scale).reshape(x.shape)
+    assert np.abs(quantizer(x).numpy() - expected).max() < 1e-6 * np.abs(expected).max()
+    assert torch.equal(quantizer(x), DynamicQuantizer(quantizer.format, 0.9, 16)(x))
 
 
 def test_clip_learns_to_cut_a_lone_outlier() -> None:

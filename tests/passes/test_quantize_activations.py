@@ -51,6 +51,12 @@ def integer_model(x, weight, plan):
     else:
         step = np.float32(scheme.clip / highest)
         scale = np.maximum(np.abs(rows).max(axis=-1, keepdims=True) * step, np.float32(1e-10))
+    if not scheme.symmetric:
+        least = np.minimum(rows.min(axis=-1, keepdims=True), 0)
+        span = np.maximum(rows.max(axis=-1, keepdims=True), 0) - least
+        scale = np.maximum(span * np.float32(scheme.clip / 15), np.float32(1e-10))
+        lowest = np.rint(least * np.float32(scheme.clip) / scale)
+        highest = lowest + 15
     codes = np.clip(np.rint(rows / scale), lowest, highest).astype(np.int64).reshape(len(rows), -1)
     row_scale = np.repeat(scale[..., 0], plan.activation_group, axis=1)
     quantized = quantizer_of(plan).quantize(weight.astype(np.float32))
@@ -83,6 +89,9 @@ SCHEMES = [
     (WeightScheme("int4", 8), ActivationScheme("int4", "dynamic", group=8)),
     (WeightScheme("int8", 8), ActivationScheme("int8", "dynamic", group=8, clip=0.8)),
     (WeightScheme("int4"), ActivationScheme("int4", "dynamic", group=16)),
+    (WeightScheme("int4"), ActivationScheme("int4", "dynamic", symmetric=False)),
+    (WeightScheme("int4", 8), ActivationScheme("int4", "dynamic", clip=0.9, symmetric=False)),
+    (WeightScheme("int4", 8), ActivationScheme("int4", "dynamic", group=8, clip=0.9, symmetric=False)),
     (WeightScheme("int4", symmetric=False), ActivationScheme("int8", "dynamic")),
     (WeightScheme("int8", symmetric=False), ActivationScheme("int8")),
     (WeightScheme("int4", 8, symmetric=False), ActivationScheme("int8", "dynamic")),
@@ -288,3 +297,19 @@ def test_weights_come_first():
     plan = [SitePlan("0.down", "y", K, WeightScheme("int8", 8), ActivationScheme("int8", "dynamic"))]
     with pytest.raises(GraphError, match="weights must be quantized before"):
         QuantizeActivations(plan, {}).run(graph)
+
+
+def test_asymmetric_activations_use_all_16_levels_of_a_row_that_leans_to_one_side():
+    graph, weight = linear()
+    quantize(graph, WeightScheme("int8"), ActivationScheme("int4", "dynamic", symmetric=False))
+    symmetric, _ = linear()
+    quantize(symmetric, WeightScheme("int8"), ActivationScheme("int4", "dynamic"))
+    x = np.abs(inputs_of(2, 5, K))
+    exact = x @ weight
+    error, symmetric_error = (
+        np.linalg.norm(run(which, x=x)[0] - exact) / np.linalg.norm(exact) for which in (graph, symmetric)
+    )
+    assert error < 0.6 * symmetric_error  # 15 steps to the largest value instead of 7
+    codes = next(node for node in graph.nodes if node.op == "QuantizeLinear").outputs[0]
+    graph.outputs.append(codes)
+    assert set(np.unique(run(graph, x=x)[1])) <= set(range(16))

@@ -37,6 +37,7 @@ def forms():
         yield WeightScheme("int4", 16), ActivationScheme("int8", mode)
         yield WeightScheme("int8", 16), ActivationScheme("int4", mode)
     yield WeightScheme("int4", 16), ActivationScheme("int4", "dynamic", group=16)
+    yield WeightScheme("int4", 16), ActivationScheme("int4", "dynamic", symmetric=False)
 
 
 @pytest.mark.parametrize("dtype", ["float", "float16"])

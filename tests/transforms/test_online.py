@@ -44,6 +44,7 @@ TRANSFORMS = [
         Diagonal(np.linspace(0.5, 2, 15)),
         KroneckerPair(InvertibleMatrix(np.triu(np.ones((3, 3)))), OrthogonalMatrix.random(5, 2)),
     ),
+    ScaledKronecker(None, KroneckerPair(InvertibleMatrix(RNG.standard_normal((2, 2))), Identity(4))),
     BlockDiagonal(Hadamard(12, 12, 1), 3),
     Composition(
         (
