@@ -2,11 +2,11 @@
 
 Correctness: random ragged streams, call by call through the cache, poisoned outputs, float64 references, the
 error bound of kernels/attention.h; what a call stores is checked by the calls that read it. Speed: medians
-over CUDA events. Prefill is compared by visited (query, key) pairs per second with PyTorch's SDPA, its flash
-and its cuDNN backend under a causal mask, and in time with them and with FlexAttention under the same mask;
-decoding by the bytes that it must read with a device-to-device copy, and with SDPA over as many keys. All in
-one run. Writes bench/results/GPU-DATE-attention.json. Exit status 1 when a result is wrong, 2 when one is
-slower than it must be.
+over CUDA events. Prefill, on Hopper twice, on warpgroups and as elsewhere, is compared by visited (query,
+key) pairs per second with PyTorch's SDPA, its flash and its cuDNN backend under a causal mask, and in time
+with them and with FlexAttention under the same mask; decoding by the bytes that it must read with a copy from
+device to device, and with SDPA over as many keys. All in one run. Writes bench/results/GPU-DATE-attention.json.
+Exit status 1 when a result is wrong, 2 when one is slower than it must be.
 """
 
 from __future__ import annotations
@@ -15,42 +15,24 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from attention_targets import COPY_BYTES, LONG, MANY_ROWS, SHORT, WARPGROUPS, Result, shortfalls, table
 from fast_hadamard import EPSILON, machine, median_seconds, sanitize
 from gpu_attention import NEW, Attention, AttentionKernels, Call
 from gpu_kernels import PLUGINS, build
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+WARPGROUP_SIZES = [(64, 64), (128, 128), (112, 48), (48, 64)]
 SIZES = [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (112, 48)]
 FORMATS: list[tuple[int | None, int]] = [(None, 0), (8, 0), (4, 0), (2, 0), (8, 32), (4, 32), (2, 32)]
 CALLS = [(200, 30), (3, 16), (1, 0), (97, 180)]  # new tokens of two rows
-COPY_BYTES = 2**30
-SHORT, LONG = 32768, 131072  # tokens of prompts
-MANY_ROWS = 64
-PREFILL_OF_FLASH = 0.85
-LONG_OF_SHORT = (4.2 / 1.1, 4.2 * 1.1)
-DECODE_OF_COPY: dict[int | None, float] = {None: 0.80, 8: 0.70, 4: 0.60}
-DECODE_TIMES_SDPA = 1.5
-
-
-@dataclass(frozen=True)
-class Result:
-    """Median seconds of one case, and of what it is compared with."""
-
-    name: str
-    form: str
-    work: int  # visited pairs per query head of a prompt; bytes that decoding must read
-    seconds: dict[str, float]
-
-    def times(self, other: str) -> float:
-        """Return how many times faster than `other` the kernel is."""
-        return self.seconds[other] / self.seconds["kernel"]
+LONG_CALLS = [(700, 130), (3, 16), (400, 900)]  # over tiles enough for warpgroups to copy ahead
 
 
 def random_new(
@@ -68,9 +50,14 @@ def random_new(
     }
 
 
-def check(kernels: AttentionKernels, attention: Attention, device: torch.device) -> float:
+def check(
+    kernels: AttentionKernels,
+    attention: Attention,
+    device: torch.device,
+    calls: Sequence[tuple[int, int]] = CALLS,
+) -> float:
     """Return the largest error as a fraction of the allowed one; above 1, or NaN, is wrong."""
-    lengths = [sum(row) for row in zip(*CALLS, strict=True)]
+    lengths = [sum(row) for row in zip(*calls, strict=True)]
     streams = random_new(attention, len(lengths), max(lengths), device)
     rows = [{name: t[b, :, :length] for name, t in streams.items()} for b, length in enumerate(lengths)]
     expected = [attention.expected(row) for row in rows]
@@ -78,7 +65,7 @@ def check(kernels: AttentionKernels, attention: Attention, device: torch.device)
     past = torch.zeros(len(lengths), dtype=torch.int32)
     cache = attention.cache(len(lengths), device)
     worst = 0.0
-    for counts in CALLS:
+    for counts in calls:
         new = {name: torch.full_like(t[:, :, : max(counts)], torch.nan) for name, t in streams.items()}
         for b, (p, n) in enumerate(zip(past.tolist(), counts, strict=True)):
             for name, tensor in new.items():
@@ -96,17 +83,33 @@ def check(kernels: AttentionKernels, attention: Attention, device: torch.device)
     return worst
 
 
+def cases(sizes: Sequence[tuple[int, int]], window: int) -> Iterator[Attention]:
+    """Return every size, format and type, each with and without soft cap, decay and groups."""
+    for (head, value), (bits, recent), dtype in itertools.product(
+        sizes, FORMATS, (torch.float16, torch.bfloat16)
+    ):
+        one = Attention(
+            head, value, kv_heads=2, repeat=3, window=window, bits=bits, recent=recent, dtype=dtype
+        )
+        yield one
+        yield replace(one, softcap=5.0, decay=0.02, group=16 if bits else None)
+
+
 def check_all(kernels: AttentionKernels) -> list[str]:
-    """Return what is wrong."""
+    """Return what is wrong: on warpgroups first, which nothing but a GPU runs as they are."""
+    device = torch.device("cuda")
+    rounds = [("", kernels, cases(SIZES, 128), CALLS)]
+    if kernels.has_warpgroups:
+        on_warpgroups = replace(kernels, on_warpgroups=True)
+        for window, calls in ((600, LONG_CALLS), (128, CALLS)):
+            rounds.insert(0, (WARPGROUPS, on_warpgroups, cases(WARPGROUP_SIZES, window), calls))
     wrong, checked = [], 0
-    for sizes, (bits, recent), dtype in itertools.product(SIZES, FORMATS, (torch.float16, torch.bfloat16)):
-        attention = Attention(*sizes, kv_heads=2, repeat=3, window=128, bits=bits, recent=recent, dtype=dtype)
-        capped = replace(attention, softcap=5.0, decay=0.02, group=16 if bits else None)
-        for one in (attention, capped):
-            error = check(kernels, one, torch.device("cuda"))
+    for where, kernels_there, attentions, calls in rounds:
+        for attention in attentions:
+            error = check(kernels_there, attention, device, calls)
             checked += 1
             if not error <= 1:
-                wrong.append(f"{one}: {error:.3g} times the allowed error")
+                wrong.append(f"{attention}{where}: {error:.3g} times the allowed error")
     print(f"{checked} configurations checked, {len(wrong)} wrong")
     return wrong
 
@@ -134,30 +137,36 @@ def flex_attention_seconds(attention: Attention, new: dict[str, torch.Tensor]) -
     return seconds_or_none(action, "flex")
 
 
-def measure_prefill(kernels: AttentionKernels, attention: Attention, tokens: int) -> Result:
-    """Measure one prompt, and full causal attention over it where the operator has an equal in PyTorch."""
+def causal_seconds(attention: Attention, new: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Return the times of what PyTorch has, where the operator has an equal there."""
+    seconds: dict[str, float] = {}
+    if attention.bits is not None or not attention.head_size == attention.value_size == 128:
+        return seconds
+    for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+        with sdpa_kernel(backend):
+            tensors = (new[n] for n in ("query", "key", "value"))
+            causal = partial(scaled_dot_product_attention, *tensors, is_causal=True, enable_gqa=True)
+            seconds |= seconds_or_none(causal, name)
+    return seconds | flex_attention_seconds(attention, new)
+
+
+def measure_prefill(kernels: AttentionKernels, attention: Attention, tokens: int) -> Iterator[Result]:
+    """Measure one prompt, on Hopper also on warpgroups, and full causal attention over it."""
     device = torch.device("cuda")
     new = random_new(attention, 1, tokens, device)
     lengths = (
         torch.zeros(1, dtype=torch.int32, device=device),
         torch.full((1,), tokens, device=device).int(),
     )
-    launch = kernels.prepare(Call(attention, new, *lengths, attention.cache(1, device)))
-    seconds = {"kernel": median_seconds([launch.run])}
-    if attention.bits is None and attention.head_size == attention.value_size == 128:
-        for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
-            with sdpa_kernel(backend):
-                causal = partial(
-                    scaled_dot_product_attention,
-                    *(new[n] for n in ("query", "key", "value")),
-                    is_causal=True,
-                    enable_gqa=True,
-                )
-                seconds |= seconds_or_none(causal, name)
-        seconds |= flex_attention_seconds(attention, new)
-    return Result(
-        f"prefill {tokens}, head {attention.head_size}", attention.form, attention.pairs(tokens), seconds
-    )
+    call = Call(attention, new, *lengths, attention.cache(1, device))
+    others = causal_seconds(attention, new)
+    ways = [("", kernels)]
+    if kernels.has_warpgroups and max(attention.head_size, attention.value_size) in {64, 112, 128}:
+        ways.append((WARPGROUPS, replace(kernels, on_warpgroups=True)))
+    for where, kernels_there in ways:
+        seconds = {"kernel": median_seconds([kernels_there.prepare(call).run])}
+        name = f"prefill {tokens}, head {attention.head_size}{where}"
+        yield Result(name, attention.form, attention.pairs(tokens), seconds | others)
 
 
 def measure_decode(kernels: AttentionKernels, attention: Attention, batch: int) -> Result:
@@ -185,59 +194,15 @@ def measure(kernels: AttentionKernels) -> Iterator[Result]:
     usual = Attention()
     prompts = Attention(window=4096)
     for tokens in (SHORT, LONG):
-        yield measure_prefill(kernels, prompts, tokens)
+        yield from measure_prefill(kernels, prompts, tokens)
     for batch, bits in itertools.product((MANY_ROWS, 1), (None, 8, 4, 2)):
         yield measure_decode(kernels, replace(usual, bits=bits), batch)
     for (head, value), (bits, recent) in itertools.product(SIZES, FORMATS):
         case = replace(usual, head_size=head, value_size=value, bits=bits, recent=recent)
         if (head, bits, recent) != (128, None, 0):
-            yield measure_prefill(kernels, replace(case, window=4096), SHORT)
+            yield from measure_prefill(kernels, replace(case, window=4096), SHORT)
         if head != 128 or recent:
             yield measure_decode(kernels, case, MANY_ROWS)
-
-
-def of_causal_rate(result: Result, backend: str, tokens: int) -> float:
-    """Return the kernel's visited pairs per second as a fraction of a causal backend's."""
-    return result.work / (tokens * (tokens + 1) / 2) * result.times(backend)
-
-
-def of_copy(result: Result) -> float:
-    """Return the bandwidth of what must be read as a fraction of the copy's."""
-    return result.work / result.seconds["kernel"] / (2 * COPY_BYTES / result.seconds["copy"])
-
-
-def shortfalls(results: list[Result]) -> Iterator[str]:
-    """Yield in words what results miss."""
-    found = {(result.name, result.form): result for result in results}
-    short = found[f"prefill {SHORT}, head 128", "float"]
-    long = found[f"prefill {LONG}, head 128", "float"]
-    rate = of_causal_rate(short, "flash", SHORT) if "flash" in short.seconds else float("nan")
-    if not rate >= PREFILL_OF_FLASH:
-        yield f"{short.name}: {rate:.2f} of the flash backend's rate, must be {PREFILL_OF_FLASH:.2f}"
-    growth = long.seconds["kernel"] / short.seconds["kernel"]
-    if not LONG_OF_SHORT[0] <= growth <= LONG_OF_SHORT[1]:
-        yield f"{LONG} tokens take {growth:.2f} times as long as {SHORT}, must be 4.2 within 10 %"
-    for bits, least in DECODE_OF_COPY.items():
-        result = found[f"decode {MANY_ROWS}, head 128", replace(Attention(), bits=bits).form]
-        if not of_copy(result) >= least:
-            yield f"{result.name}, {result.form}: {of_copy(result):.2f} of the copy, must be {least:.2f}"
-    one = found["decode 1, head 128", "float"]
-    times = one.seconds["kernel"] / one.seconds.get("sdpa", float("nan"))
-    if not times <= DECODE_TIMES_SDPA:
-        yield f"{one.name}: {times:.2f} times as long as SDPA, must be {DECODE_TIMES_SDPA}"
-
-
-def table(results: list[Result]) -> str:
-    """Return the results as the Markdown table of plugins/README.md."""
-    others = ("flash", "cudnn", "flex", "sdpa")
-    lines = [f"| case | window | us | of the copy | {' | '.join(f'times {o}' for o in others)} |"]
-    lines.append("|---" * (4 + len(others)) + "|")
-    for result in results:
-        copy = f"{of_copy(result):.2f}" if "copy" in result.seconds else ""
-        times = " | ".join(f"{result.times(o):.2f}" if o in result.seconds else "" for o in others)
-        microseconds = result.seconds["kernel"] * 1e6
-        lines.append(f"| {result.name} | {result.form} | {microseconds:.1f} | {copy} | {times} |")
-    return "\n".join(lines)
 
 
 def write(results: list[Result]) -> Path:
@@ -261,7 +226,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         raise SystemExit("PyTorch sees no GPU on this machine: run this where one is")
     library = arguments.library or build(PLUGINS / "build" / "bench")
-    kernels = AttentionKernels(library)
+    kernels = AttentionKernels.load(library)
     wrong = check_all(kernels)
     if wrong:
         print("\n".join(wrong), file=sys.stderr)

@@ -159,11 +159,22 @@ class Launch:
     run: Callable[[], None]
 
 
+@dataclass(frozen=True)
 class AttentionKernels:
-    """The kernels of a built library."""
+    """The kernels of a built library, where they differ those of Hopper's warpgroups or of all GPUs."""
 
-    def __init__(self, library: Path) -> None:
-        self._library = ctypes.CDLL(str(library))
+    library: ctypes.CDLL
+    on_warpgroups: bool = False
+
+    @classmethod
+    def load(cls, library: Path) -> AttentionKernels:
+        """Load a library; its kernels for all GPUs are taken."""
+        return cls(ctypes.CDLL(str(library)))
+
+    @property
+    def has_warpgroups(self) -> bool:
+        """Whether library and GPU have kernels of warpgroups."""
+        return bool(self.library.attention_has_warpgroups())
 
     def prepare(self, call: Call) -> Launch:
         """Bind the kernels to a call and a new output, which is poisoned."""
@@ -190,9 +201,10 @@ class AttentionKernels:
         for i, name in enumerate(CACHE):
             operands.cache[i] = operands.present[i] = cache[name].data_ptr() if name in cache else None
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        self._call("attention_run", ctypes.byref(problem), ctypes.byref(operands), stream)
+        arguments = (ctypes.byref(problem), ctypes.byref(operands), ctypes.c_int(self.on_warpgroups), stream)
+        self._call("attention_run", *arguments)
 
     def _call(self, function: str, *arguments: object) -> None:
         message = ctypes.create_string_buffer(512)
-        if getattr(self._library, function)(*arguments, message, ctypes.c_size_t(512)):
+        if getattr(self.library, function)(*arguments, message, ctypes.c_size_t(512)):
             raise RuntimeError(message.value.decode())

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import attention as bench
+import attention_targets as targets
 import emulated_attention
 import ml_dtypes
 import numpy as np
@@ -97,47 +98,72 @@ def test_bytes_that_decoding_must_read() -> None:
     assert replace(Attention(), bits=4).cache_bytes_read(64) == expected
 
 
-def results(**changed: float) -> list[bench.Result]:
-    seconds = {"short": 1.0, "long": 4.2, "float": 1.0, "int8": 1.0, "int4": 1.0, "one": 1.0} | changed
+def results(**changed: float) -> list[targets.Result]:
+    """What reaches every target, but for the seconds that are changed."""
+    seconds = {"short": 1.0, "long": 4.2, "float": 1.0, "int8": 1.0, "int4": 1.0, "one": 1.0}
+    seconds |= {"warp short": 0.5, "warp long": 2.1, "flex": 1.0, "cudnn long": 60.0} | changed
     prompts = Attention(window=4096)
-    causal = bench.SHORT * (bench.SHORT + 1) / 2
-    flash = 0.86 * causal / prompts.pairs(bench.SHORT)  # so the kernel's rate is 0.86 of the flash backend's
-    made = [
-        bench.Result(
-            f"prefill {tokens}, head 128",
-            "float",
-            prompts.pairs(tokens),
-            {"kernel": seconds[name], "flash": flash},
-        )
-        for name, tokens in (("short", bench.SHORT), ("long", bench.LONG))
-    ]
+    causal = targets.SHORT * (targets.SHORT + 1) / 2
+    of_rate = causal / prompts.pairs(targets.SHORT)
+    flash = 0.86 * of_rate  # so the kernel's rate is 0.86 of the flash backend's
+    cudnn = {"short": 0.66 / 2 * of_rate, "long": seconds["cudnn long"]}  # and on warpgroups 0.66 of cuDNN's
+    made = []
+    for name, tokens in (("short", targets.SHORT), ("long", targets.LONG)):
+        others = {"flash": flash if name == "short" else 99.0, "cudnn": cudnn[name], "flex": seconds["flex"]}
+        for where, kernel in (("", seconds[name]), (targets.WARPGROUPS, seconds[f"warp {name}"])):
+            case = f"prefill {tokens}, head 128{where}"
+            made.append(targets.Result(case, "float", prompts.pairs(tokens), {"kernel": kernel} | others))
     copied = {"float": 0.81, "int8": 0.71, "int4": 0.61}
     made += [
-        bench.Result(
+        targets.Result(
             "decode 64, head 128",
             form,
-            int(share * 2 * bench.COPY_BYTES),
+            int(share * 2 * targets.COPY_BYTES),
             {"kernel": seconds[form], "copy": 1.0},
         )
         for form, share in copied.items()
     ]
-    return [*made, bench.Result("decode 1, head 128", "float", 1, {"kernel": seconds["one"], "sdpa": 0.7})]
+    one = targets.Result("decode 1, head 128", "float", 1, {"kernel": seconds["one"], "sdpa": 0.7})
+    return [*made, one]
 
 
 def test_shortfalls_name_what_is_slow() -> None:
-    assert not list(bench.shortfalls(results()))
-    slow = list(bench.shortfalls(results(short=1.1, int8=1.1, one=1.2)))
+    assert not list(targets.shortfalls(results()))
+    slow = list(targets.shortfalls(results(short=1.1, int8=1.1, one=1.2)))
     assert slow == [
         "prefill 32768, head 128: 0.78 of the flash backend's rate, must be 0.85",
         "decode 64, head 128, int8: 0.65 of the copy, must be 0.70",
         "decode 1, head 128: 1.71 times as long as SDPA, must be 1.5",
     ]
-    assert list(bench.shortfalls(results(long=5.0))) == [
-        "131072 tokens take 5.00 times as long as 32768, must be 4.2 within 10 %"
+    assert list(targets.shortfalls(results(long=5.0))) == [
+        "prefill 131072, head 128: 5.00 times as long as 32768 tokens, must be 4.2 within 10 %"
     ]
 
 
+def test_shortfalls_name_what_is_slow_on_warpgroups() -> None:
+    slow = list(
+        targets.shortfalls(results(**{"warp short": 0.6, "warp long": 4.0, "flex": 0.55, "cudnn long": 20}))
+    )
+    assert slow == [
+        "prefill 32768, head 128, warpgroups: 0.55 of the cudnn backend's rate, must be 0.65",
+        "prefill 32768, head 128, warpgroups: 0.92 times as fast as FlexAttention, must be faster",
+        "prefill 32768, head 128, warpgroups: 2.34 times as fast as full causal attention, must be 2.5",
+        "prefill 131072, head 128, warpgroups: 5.00 times as fast as full causal attention, must be 9.0",
+        "prefill 131072, head 128, warpgroups: 6.67 times as long as 32768 tokens, must be 4.2 within 10 %",
+    ]
+
+
+def test_what_did_not_run_is_a_shortfall() -> None:
+    """A missing backend is no success; without warpgroups nothing is asked of them."""
+    without = [replace(r, seconds={k: v for k, v in r.seconds.items() if k != "cudnn"}) for r in results()]
+    assert [line for line in targets.shortfalls(without) if "cudnn" in line] == [
+        "prefill 32768, head 128, warpgroups: nan of the cudnn backend's rate, must be 0.65"
+    ]
+    portable = [result for result in without if not result.name.endswith(targets.WARPGROUPS)]
+    assert not list(targets.shortfalls(portable))
+
+
 def test_the_table_has_a_line_per_result() -> None:
-    lines = bench.table(results()).splitlines()
+    lines = targets.table(results()).splitlines()
     assert len(lines) == 2 + len(results())
-    assert lines[2] == "| prefill 32768, head 128 | float | 1000000.0 |  | 3.67 |  |  |  |"
+    assert lines[2] == "| prefill 32768, head 128 | float | 1000000.0 |  | 3.67 | 1.41 | 1.00 |  |"
