@@ -7,7 +7,7 @@ python=${PYTHON:-python3}
 "$python" -c 'import rotexport' 2>/dev/null ||
   "$python" -m pip install --quiet --no-deps --no-build-isolation --editable .
 status=0
-for kernel in fast_hadamard quantized_linear attention; do
+for kernel in fast_hadamard quantized_linear attention eviction; do
   "$python" "plugins/bench/$kernel.py" "$@" || status=$?
 done
 exit "$status"
