@@ -5,8 +5,9 @@ error bound of kernels/attention.h; what a call stores is checked by the calls t
 over CUDA events. Prefill, on Hopper twice, on warpgroups and as elsewhere, is compared by visited (query,
 key) pairs per second with PyTorch's SDPA, its flash and its cuDNN backend under a causal mask, and in time
 with them and with FlexAttention under the same mask; decoding by the bytes that it must read with a copy from
-device to device, and with SDPA over as many keys. All in one run. Writes bench/results/GPU-DATE-attention.json.
-Exit status 1 when a result is wrong, 2 when one is slower than it must be.
+device to device, and with SDPA over as many keys. All in one run. Writes
+bench/results/GPU-DATE-attention.json. Exit status 1 when a result is wrong, 2 when one is slower than it must
+be.
 """
 
 from __future__ import annotations
