@@ -10,7 +10,8 @@ add_link_options(${ROTEXPORT_SANITIZERS})
 
 # Shared, so that the plugin library and the host that feeds it see one device.
 add_library(rotexport_emulator SHARED emulator/clocks.cpp emulator/device.cpp emulator/fiber.cpp emulator/machine.cpp
-                                      emulator/machine_async.cpp emulator/memory.cpp emulator/warpgroup.cpp)
+                                      emulator/machine_async.cpp emulator/machine_block.cpp emulator/memory.cpp
+                                      emulator/warpgroup.cpp)
 set_target_properties(rotexport_emulator PROPERTIES CXX_VISIBILITY_PRESET default)
 target_compile_options(rotexport_emulator PRIVATE -O2)
 

@@ -38,6 +38,9 @@ struct Lane {
 using Lanes = std::array<Lane, kWarp>;
 using Combine = void (*)(Lanes& lanes, uint32_t mask);
 
+// 0 ... count - 1, permuted where there is something to permute by.
+std::vector<unsigned> turns(unsigned count, std::mt19937_64* random);
+
 class Machine {
  public:
   static Machine& instance();
@@ -74,6 +77,8 @@ class Machine {
   // Copies a box of 64 columns to shared memory in the 128-byte swizzle, zeros for what lies outside the
   // tensor.
   void copy_tile(void* to, const TileMap& map, const TileIndex& index, void* mbarrier, const Site& site);
+  // By all launches so far.
+  size_t copied_tiles() const { return copied_tiles_; }
   void warpgroup_arrive() { ++threads_[current_].register_fences; }
   void warpgroup_product(const ProductKind& kind, const Product& mine, const Site& site);
   void warpgroup_commit();
@@ -160,6 +165,7 @@ class Machine {
   OperandReads operand_reads_;
   std::vector<Mbarrier> mbarriers_;
   std::vector<PendingTile> tiles_;
+  size_t copied_tiles_ = 0;
   std::array<NamedBarrier, 16> named_barriers_;
   std::vector<Product> products_;
   std::unique_ptr<Fault> fault_;

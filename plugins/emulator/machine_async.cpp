@@ -116,6 +116,7 @@ void Machine::copy_tile(void* to, const TileMap& map, const TileIndex& index, vo
     }
   }
   tiles_.push_back(tile);
+  ++copied_tiles_;
 }
 
 const char* PendingTile::source(unsigned row, unsigned piece) const {
