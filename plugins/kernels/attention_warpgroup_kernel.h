@@ -222,6 +222,7 @@ class WarpgroupPrefill : PrefillBlock<Traits> {
       device::warpgroup_arrive();
       multiply_keys(tile, stage.index);
       full(kValueTiles, before.index).wait(before.parity);
+      device::warpgroup_arrive();
       multiply_values(before.index);
       device::warpgroup_wait<1>(products_);
       release(kKeyTiles, stage.index);
