@@ -163,7 +163,7 @@ def _scores(call: Call, row: int, drawn: Tensor, fresh: Tensor) -> Tensor:
     if e.policy == "heavy-hitter":
         return (e.forget**age) @ drawn
     if int(call.past_length[row]) > 0:
-        return torch.zeros_like(drawn[0])
+        return drawn.new_zeros(drawn.shape[-1])
     mass = (age < e.observe).double() @ drawn
     around = torch.nn.functional.avg_pool1d(
         mass[None, : int(fresh)], 2 * AROUND + 1, 1, AROUND, count_include_pad=False
