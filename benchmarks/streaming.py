@@ -40,15 +40,15 @@ def main() -> None:
     with ExitStack() as stack:
         first = next(iter(builds))
         copy = stack.enter_context(without_sinks(Path(builds[first]) / "model.onnx"))
-        followers: dict[str, Follower] = {name: Stream(Path(path)) for name, path in builds.items()}
-        followers[WINDOW_ONLY] = Stream(copy)
+        followers: dict[str, Follower] = {name: Stream(tokens, Path(path)) for name, path in builds.items()}
+        followers[WINDOW_ONLY] = Stream(tokens, copy)
         if options.dense is not None:
-            followers[DENSE] = Dense(options.dense)
+            followers[DENSE] = Dense(tokens, options.dense)
         memory: list[int | None] = []
         for start in range(0, len(tokens) - 1, options.bucket):
             stop = min(start + options.bucket, len(tokens) - 1)
             for follower in followers.values():
-                follower.follow(tokens, start, stop)
+                follower.follow(start, stop)
             memory.append(anonymous_bytes())
             figures = {name: follower.figures(followers[first]) for name, follower in followers.items()}
             _print(stop, figures)
@@ -76,24 +76,34 @@ def _options() -> argparse.Namespace:
 
 @dataclass
 class Follower:
-    """Something that predicts a stream; `losses` of all tokens so far, seconds per token of each bucket."""
+    """Something that predicts a stream of `tokens`; seconds per token of each bucket.
 
-    losses: list[float] = field(default_factory=list)
+    Losses have their memory from the start, so that what a stream takes is not counted with its own record.
+    """
+
+    tokens: np.ndarray
+    done: int = 0
+    losses: np.ndarray = field(init=False)
     seconds: list[float] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     cache_bytes: int | None = None
 
-    def follow(self, tokens: np.ndarray, start: int, stop: int) -> None:
+    def __post_init__(self) -> None:
+        self.losses = np.zeros(len(self.tokens) - 1)
+
+    def follow(self, start: int, stop: int) -> None:
         """Predict tokens start + 1 ... stop."""
         clock = time.perf_counter()
-        for logits in self.logits(tokens, start, stop):
-            done = len(self.losses)
-            targets = tokens[done + 1 : done + 1 + len(logits)]
-            self.losses += (-np.take_along_axis(log_softmax(logits), targets[:, None], -1)[:, 0]).tolist()
+        for logits in self.logits(start, stop):
+            done, self.done = self.done, self.done + len(logits)
+            targets = self.tokens[done + 1 : self.done + 1]
+            self.losses[done : self.done] = -np.take_along_axis(
+                log_softmax(logits), targets[:, None], axis=-1
+            )[:, 0]
         self.seconds.append((time.perf_counter() - clock) / (stop - start))
         self.ends.append(stop)
 
-    def logits(self, tokens: np.ndarray, start: int, stop: int) -> Iterator[np.ndarray]:
+    def logits(self, start: int, stop: int) -> Iterator[np.ndarray]:
         """Yield logits [n, vocabulary] after tokens start ... stop - 1."""
         raise NotImplementedError
 
@@ -102,10 +112,10 @@ class Follower:
         starts = [0, *self.ends[:-1]]
         own = [float(np.mean(self.losses[a:b])) for a, b in zip(starts, self.ends, strict=True)]
         others = [float(np.mean(other.losses[a:b])) for a, b in zip(starts, self.ends, strict=True)]
-        more = float(np.mean(self.losses) - np.mean(other.losses))
+        loss, other_loss = (float(np.mean(one.losses[: one.done])) for one in (self, other))
         return {
-            "perplexity": float(np.exp(np.mean(self.losses))),
-            "excess": float(np.expm1(more)),
+            "perplexity": float(np.exp(loss)),
+            "excess": float(np.expm1(loss - other_loss)),
             "buckets": [float(value) for value in np.exp(own)],
             "bucket_excess": [float(value) for value in np.expm1(np.subtract(own, others))],
             "seconds_per_token": self.seconds,
@@ -116,27 +126,27 @@ class Follower:
 class Stream(Follower):
     """A build with a bounded cache."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__()
+    def __init__(self, tokens: np.ndarray, path: Path) -> None:
+        super().__init__(tokens)
         self._graph = Session(path).graph
         self.cache_bytes = self._graph.cache_bytes
 
-    def logits(self, tokens: np.ndarray, start: int, stop: int) -> Iterator[np.ndarray]:
-        for _, logits in self._graph.forward(tokens[start:stop]):
+    def logits(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        for _, logits in self._graph.forward(self.tokens[start:stop]):
             yield logits
 
 
 class Dense(Follower):
     """A build with a growing cache, which reads anew instead of keeping it."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__()
+    def __init__(self, tokens: np.ndarray, path: Path) -> None:
+        super().__init__(tokens)
         self._graph, self._reading = Session(path).graph, Rereading()
 
-    def logits(self, tokens: np.ndarray, start: int, stop: int) -> Iterator[np.ndarray]:
+    def logits(self, start: int, stop: int) -> Iterator[np.ndarray]:
         for begin in range(start, stop, self._reading.stride):
             end = min(begin + self._reading.stride, stop)
-            seen = tokens[max(0, end - self._reading.window) : end]
+            seen = self.tokens[max(0, end - self._reading.window) : end]
             yield self._graph.logits(seen)[len(seen) - (end - begin) :]
 
 
