@@ -22,6 +22,8 @@ from rotexport.graph.twin import runnable
 from rotexport.graph.weights import Array
 from rotexport.learning.flat import learn_affine
 from rotexport.learning.network import block_method, check_learnable, distill_network
+from rotexport.learning.principal import WINDOWS as PRINCIPAL_WINDOWS
+from rotexport.learning.principal import principal
 from rotexport.learning.spin import spin
 from rotexport.observe import observe_inputs, observe_keys, observe_power, outliers
 from rotexport.output import MODEL, ROTATIONS, OutputDirectory
@@ -32,13 +34,15 @@ from rotexport.pipeline import (
     affine_passes,
     check_attention,
     expected_kernels,
+    folding_passes,
     learned_passes,
     plan_sites,
+    principal_passes,
     quantization_passes,
     rotation_passes,
     settle,
 )
-from rotexport.progress import Stages, Verbosity
+from rotexport.progress import Stage, Stages, Verbosity
 from rotexport.quant.calibrate import InputStatistics
 from rotexport.quant.operators import with_operators
 from rotexport.quant.plan import SitePlan, massive_sites_dynamic
@@ -50,7 +54,7 @@ from rotexport.report.record import Findings, make_report, summarize_components,
 from rotexport.targets.builder import EngineRequest, build_engines
 from rotexport.targets.capabilities import check
 from rotexport.targets.profiles import Profiles
-from rotexport.texts import Samples
+from rotexport.texts import Samples, spread
 from rotexport.transforms.rotation_file import write_rotations
 from rotexport.validate import PassValidator, Proof, observe_reference, prove
 
@@ -169,10 +173,7 @@ def _compile(prepared: Prepared, options: BuildOptions, folder: Path, stages: St
         with stages("rotate") as stage:
             if options.validate:
                 found.outliers_before = outliers(observe_inputs(graph, scratch, [samples.tokens]))
-            if recipe.smoothing == "down":
-                power = observe_power(graph, scratch, list(samples.calibration[:SMOOTHING_WINDOWS]))
-                pipeline.run([SmoothDownInputs(power)], stage.detail)
-            pipeline.run(rotation_passes(recipe.rotations), stage.detail)
+            _rotate(prepared, pipeline, scratch, stage)
             if options.validate and recipe.rotations.enabled:
                 found.outliers_after = outliers(observe_inputs(graph, scratch, [samples.tokens]))
 
@@ -217,6 +218,20 @@ def _compile(prepared: Prepared, options: BuildOptions, folder: Path, stages: St
     write_manifest(report, graph, folder)
     write_report(report, folder)
     return report
+
+
+def _rotate(prepared: Prepared, pipeline: Pipeline, scratch: Scratch, stage: Stage) -> None:
+    """Balance and rotate what the recipe wants balanced and rotated."""
+    recipe, graph, windows = prepared.recipe, prepared.graph, prepared.samples.calibration
+    if recipe.smoothing == "down":
+        power = observe_power(graph, scratch, list(windows[:SMOOTHING_WINDOWS]))
+        pipeline.run([SmoothDownInputs(power)], stage.detail)
+    if recipe.rotations.principal:
+        pipeline.run(folding_passes(), stage.detail)
+        seen = spread(windows, PRINCIPAL_WINDOWS)
+        found = principal(Network(graph, prepared.plan, {}, recipe), seen)
+        pipeline.run(principal_passes(found), stage.detail)
+    pipeline.run(rotation_passes(recipe.rotations), stage.detail)
 
 
 def _learn_transforms(
@@ -273,7 +288,8 @@ def _calibrate(
     ):
         with stages("blocks") as stage:
             method = block_method(recipe)
-            solved, found.blocks = solve_blocks(network, method, windows, kept, stage.advance)
+            seen = spread(windows, recipe.gptq.windows or len(windows))
+            solved, found.blocks = solve_blocks(network, method, seen, kept, stage.advance)
     if recipe.distill.enabled:
         with stages("distill") as stage:
             distilled = distill_network(network, solved, windows, kept, stage.advance)

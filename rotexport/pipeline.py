@@ -16,6 +16,7 @@ from rotexport.graph.sites import linears
 from rotexport.graph.twin import float32_twin
 from rotexport.graph.weights import Array
 from rotexport.learning.flat_block import Flattening
+from rotexport.learning.principal import Principal
 from rotexport.passes.base import Pass, PassReport, Placement
 from rotexport.passes.center_layernorms import CenterLayerNorms
 from rotexport.passes.fold_norms import FoldNorms
@@ -94,14 +95,22 @@ class Pipeline:
         return StreamView.after(Composition(tuple(rotated)) if rotated else None, centered)
 
 
+def folding_passes() -> list[Pass]:
+    """Return the passes that leave norms without anything to learn, which rotations need."""
+    return [CenterLayerNorms(), FoldNorms()]
+
+
 def rotation_passes(rotations: Rotations) -> list[Pass]:
-    """Return the passes that leave the function as it is, in the order they must run."""
+    """Return the passes that leave the function as it is, in the order they must run.
+
+    Principal rotations are left out: they, and the folding before them, are done then.
+    """
     if not rotations.enabled:
         return []
-    passes: list[Pass] = [CenterLayerNorms(), FoldNorms()]
-    if rotations.r1.enabled:
+    passes = [] if rotations.principal else folding_passes()
+    if rotations.r1.enabled and rotations.r1.kind != "principal":
         passes.append(RotateResidual(rotations.r1))
-    if rotations.r2.enabled:
+    if rotations.r2.enabled and rotations.r2.kind != "principal":
         passes.append(RotateHeads(rotations.r2, "r2"))
     if rotations.r3.enabled:
         passes.append(RotateHeads(rotations.r3, "r3"))
@@ -129,6 +138,12 @@ def learned_passes(learned: Mapping[int | None, Transform]) -> list[Pass]:
     """Return the passes that turn R1 (under None) and R2 (by block) further, by what was learned."""
     passes: list[Pass] = [RotateResidual(Given(learned))] if None in learned else []
     return [*passes, RotateHeads(Given(learned), "r2")] if set(learned) - {None} else passes
+
+
+def principal_passes(found: Principal) -> list[Pass]:
+    """Return the passes that rotate, and balance what norms hand to linears, as calibration text says."""
+    passes = learned_passes(found.matrices)
+    return [*passes, TransformInputs(found.inputs)] if found.inputs else passes
 
 
 def affine_passes(learned: Flattening) -> list[Pass]:

@@ -24,9 +24,9 @@ from rotexport.streaming.scheme import AttentionScheme
 from rotexport.transforms.rotation_file import read_rotation
 from rotexport.transforms.transform import Hadamard, OrthogonalMatrix, Transform
 
-KINDS: Final = ("none", "hadamard", "random-hadamard", "orthogonal", "learned", "file")
+KINDS: Final = ("none", "hadamard", "random-hadamard", "orthogonal", "principal", "learned", "file")
 DTYPES: Final = ("fp32", "fp16", "bf16")
-DENSE: Final = ("orthogonal", "learned", "file")
+DENSE: Final = ("orthogonal", "principal", "learned", "file")
 ONLINE_ROTATIONS: Final = ("r3", "r4", "o_heads")
 
 SMOOTHINGS: Final = ("none", "down")  # what is balanced before it is rotated
@@ -41,8 +41,9 @@ class Rotation:
 
     `kind` is `none`, `hadamard`, `random-hadamard` (a Hadamard behind random signs drawn from `seed`), or a
     dense one, only where it folds: `orthogonal` (random), `learned` (from a random Hadamard on, as the
-    section `learn_rotations` says) or `file` (from a `file` like SpinQuant's `R.bin`). `block` limits
-    Hadamards to blocks of that length.
+    section `learn_rotations` says), `file` (from a `file` like SpinQuant's `R.bin`) or `principal` (from
+    calibration text in closed form, and balanced; behind norms a scale and a Hadamard then run online).
+    `block` limits Hadamards to blocks of that length.
     """
 
     kind: str = "none"
@@ -116,6 +117,11 @@ class Rotations:
     def learned(self) -> bool:
         """Whether R1 or R2 is learned."""
         return "learned" in (self.r1.kind, self.r2.kind)
+
+    @property
+    def principal(self) -> bool:
+        """Whether R1 or R2 comes from calibration text in closed form."""
+        return "principal" in (self.r1.kind, self.r2.kind)
 
     @property
     def in_file(self) -> bool:

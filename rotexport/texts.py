@@ -96,6 +96,12 @@ def token_windows(
     return ids[: windows * length].reshape(windows, length)
 
 
+def spread(windows: Windows, count: int) -> Windows:
+    """Return `count` of some windows [W, L], evenly spread over them, or all where there are no more."""
+    chosen: Windows = windows[np.linspace(0, len(windows) - 1, min(count, len(windows))).astype(int)]
+    return chosen
+
+
 def random_windows(vocabulary: int, length: int, count: int, seed: int = 0) -> Windows:
     """Return uniformly random token ids [count, length], for models without a tokenizer."""
     return np.random.default_rng(seed).integers(0, vocabulary, (count, length), dtype=np.int64)
@@ -138,7 +144,7 @@ class Samples:
         seen, source = windows[proof:], PROSE
         if calibration is not None:
             seen = token_windows(tokenizer, read_text(calibration), length)
-            seen = seen[np.linspace(0, len(seen) - 1, min(count, len(seen))).astype(int)]
+            seen = spread(seen, count)
             source = f"{PROSE}; calibrated on {calibration.name}"
         return cls(windows[0], windows[1:proof], seen, source)
 

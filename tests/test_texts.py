@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rotexport.errors import RotexportError
-from rotexport.texts import Samples, default_text, random_windows, read_text, token_windows
+from rotexport.texts import Samples, default_text, random_windows, read_text, spread, token_windows
 
 
 class Letters:
@@ -87,6 +87,7 @@ def test_calibration_is_spread_over_its_file(tmp_path: Path) -> None:
     samples = Samples.of(checkpoint, file, count=4)
     assert samples.calibration[:, 0].tolist() == [0, 3 * 512, 6 * 512, 9 * 512]
     assert Samples.of(checkpoint, file, count=99).calibration.shape == (10, 512)
+    assert spread(samples.calibration, 2)[:, 0].tolist() == [0, 9 * 512]
 
 
 class _Numbers:

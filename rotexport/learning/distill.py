@@ -42,6 +42,10 @@ class Teacher:
 
     def logits(self, windows: Sequence[Array], edits: Sequence[Edits] | None = None) -> Tensor:
         """Return logits [windows, S, vocabulary] of token ids [S]."""
+        return self.split.logits(self.states(windows, edits))
+
+    def states(self, windows: Sequence[Array], edits: Sequence[Edits] | None = None) -> Tensor:
+        """Return what leaves the last block, [windows, S, width], for token ids [S]."""
         x = torch.cat([self.split.embed(window) for window in windows])
         recompute = torch.is_grad_enabled() and self._kept_bytes(x) > RESIDENT_BYTES
         for block, edit in zip(self.blocks, edits or [NO_EDITS] * len(self.blocks), strict=True):
@@ -49,7 +53,7 @@ class Teacher:
                 x = checkpoint(block, x, self.context, edit, use_reentrant=False)
             else:
                 x = block(x, self.context, edit)
-        return self.split.logits(x)
+        return x
 
     def _kept_bytes(self, x: Tensor) -> int:
         channels: int = sum(sum(weight.shape) for block in self.blocks for weight in block.weights.values())
@@ -68,13 +72,14 @@ def distill(
     Yields (steps done, divergence in nats a token) after every step.
     """
     optimizer = torch.optim.Adam(_groups(students, training), betas=BETAS, fused=True)
+    lessons = _Lessons(teacher, windows)
     for step, batch in enumerate(training.batches(len(windows))):
         if step < start:
             continue
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * training.rate(step)
         with torch.enable_grad():
-            loss = _loss(teacher, students, [windows[index] for index in batch])
+            loss = lessons.loss(students, batch)
             optimizer.zero_grad()
             loss.backward()
         optimizer.step()
@@ -90,11 +95,26 @@ def divergence(target: Tensor, logits: Tensor) -> Tensor:
     return functional.kl_div(ours, expected, reduction="batchmean", log_target=True)
 
 
-def _loss(teacher: Teacher, students: Sequence[Student], windows: Sequence[Array]) -> Tensor:
-    with fast_products():
-        with torch.no_grad():
-            target = teacher.logits(windows)
-        return divergence(target, teacher.logits(windows, [student.edits for student in students]))
+class _Lessons:
+    """Windows, and what the float network makes of them: computed once, where the head begins."""
+
+    def __init__(self, teacher: Teacher, windows: Sequence[Array]) -> None:
+        self.teacher, self.windows = teacher, windows
+        self._states: dict[int, Tensor] = {}
+
+    def loss(self, students: Sequence[Student], numbers: Sequence[int]) -> Tensor:
+        """Return the students' divergence on some windows."""
+        head = self.teacher.split.logits
+        with fast_products():
+            with torch.no_grad():
+                target = head(torch.cat([self._exact(number) for number in numbers]))
+            windows = [self.windows[number] for number in numbers]
+            return divergence(target, head(self.teacher.states(windows, [s.edits for s in students])))
+
+    def _exact(self, number: int) -> Tensor:
+        if number not in self._states:
+            self._states[number] = self.teacher.states([self.windows[number]])
+        return self._states[number]
 
 
 def _groups(students: Sequence[Student], training: Training) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
-from rotexport.graph.basis import analyse, residual
+from rotexport.graph.basis import Component, Pin, analyse, residual
 from rotexport.passes.base import Pass, PassReport, Placement, Preserves, Where
 from rotexport.passes.rotation import RotationSource, change_basis
 
@@ -28,17 +28,19 @@ class RotateResidual(Pass):
         stream = residual(analyse(graph))
         if stream is None:
             return _refused("the graph has no sum of activations")
-        obstacle = next(
-            (p for p in stream.pins if not p.writes or p.node is None or p.node.op not in NORMS), None
-        )
-        if obstacle is not None:
-            return _refused(f"pinned at {obstacle}")
+        if (pin := obstacle(stream)) is not None:
+            return _refused(f"pinned at {pin}")
         transform = self.rotation.transform(stream.size)
         online = change_basis(graph, stream, transform)
         where = Where.ONLINE if online else Where.FOLDED
         reason = f"{online} post-norms pin what they add to the stream" if online else ""
         placement = Placement("r1", "residual", where, transform, reason)
         return PassReport(len(stream.absorbers) + online, [], [placement])
+
+
+def obstacle(stream: Component) -> Pin | None:
+    """Return what keeps a residual stream from being rotated, if anything does."""
+    return next((p for p in stream.pins if not p.writes or p.node is None or p.node.op not in NORMS), None)
 
 
 def _refused(reason: str) -> PassReport:

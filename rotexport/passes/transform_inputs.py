@@ -1,4 +1,4 @@
-"""Learned transforms of linears' inputs: online in front of them, their inverses in the weights.
+"""Transforms of linears' inputs, made from text: online in front of them, their inverses in the weights.
 
 Preserves the function within rounding: (x T)(T⁻¹ W) = x W, for every linear that reads x (FlatQuant). Where
 T = diag(c) P and what writes x can take c up, a norm or the linear whose output is a factor of x, only P runs
@@ -18,7 +18,7 @@ from rotexport.graph.weights import Folded, InMemory, Scaled, set_weight, weight
 from rotexport.passes.base import Pass, PassReport, Placement, Preserves, Where
 from rotexport.passes.rotation import insert_online, own_constant
 from rotexport.passes.smooth_inputs import linear_factor
-from rotexport.transforms.transform import Diagonal, ScaledKronecker, Transform
+from rotexport.transforms.transform import Composition, Diagonal, ScaledKronecker, Transform
 
 NORMS: Final = ("RMSNormalization", "LayerNormalization")
 
@@ -40,16 +40,26 @@ class TransformInputs(Pass):
             for reader in readers:
                 weight = own_constant(reader, 1)
                 set_weight(weight, Folded(weight_of(weight), transform.contragredient(), axis=0))
-            online, reason = transform, "learned for this input"
-            if isinstance(transform, ScaledKronecker) and transform.scale is not None:
-                place = _take_up(graph, source, readers, transform.scale)
+            online, reason = transform, "made for this input"
+            scale, rest = _apart(transform)
+            if scale is not None:
+                place = _take_up(graph, source, readers, scale)
                 if place is not None:
-                    online = ScaledKronecker(None, transform.pair)
+                    online = rest
                     reason = f"{reason}; its scales are folded into the {place}"
             insert_online(graph, source, online, readers)
             report.changed += 1
             report.placements += [Placement("affine", name, Where.ONLINE, online, reason) for name in group]
         return report
+
+
+def _apart(transform: Transform) -> tuple[Diagonal | None, Transform]:
+    """Return the scale that a transform begins with, and what is left of it."""
+    if isinstance(transform, ScaledKronecker):
+        return transform.scale, ScaledKronecker(None, transform.pair)
+    if isinstance(transform, Composition) and isinstance(transform.factors[0], Diagonal):
+        return transform.factors[0], Composition(transform.factors[1:])
+    return None, transform
 
 
 def _take_up(graph: gs.Graph, source: gs.Variable, readers: list[gs.Node], scale: Diagonal) -> str | None:

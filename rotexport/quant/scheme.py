@@ -56,7 +56,8 @@ class GptqSettings:
     `damping` times the mean of H's diagonal is added to it. `order` "activation" quantizes input channels by
     falling second moment. `sweeps` counts rounds of coordinate descent with refitted scales afterwards.
     `feedback` aims at the float network's outputs from the quantized network's inputs, instead of at the
-    float weight. Updates reach beyond `block` rows once per block, which changes speed only.
+    float weight. Updates reach beyond `block` rows once per block, which changes speed only. `windows` of the
+    calibration windows, evenly spread, are looked at; None is all.
     """
 
     damping: float = 0.01
@@ -64,6 +65,7 @@ class GptqSettings:
     sweeps: int = 2
     feedback: bool = True
     block: int = 32
+    windows: int | None = None
 
     def __post_init__(self) -> None:
         _check_fraction("gptq.damping", self.damping)
@@ -74,6 +76,8 @@ class GptqSettings:
             raise RecipeError(f"gptq.feedback: {self.feedback!r} is not true or false")
         if not isinstance(self.block, int) or self.block < 1:
             raise RecipeError(f"gptq.block: {self.block!r} is not a positive number of rows")
+        if self.windows is not None and (not isinstance(self.windows, int) or self.windows < 1):
+            raise RecipeError(f"gptq.windows: {self.windows!r} is not a positive number of windows")
 
 
 @dataclass(frozen=True)
