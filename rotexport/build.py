@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import onnx_graphsurgeon as gs
 from transformers import PreTrainedModel
 
 from rotexport.blocks.calibration import Network, solve_blocks
+from rotexport.blocks.clips import search_clips
 from rotexport.blocks.sensitivity import sensitivities, widen
 from rotexport.checkpoint import Checkpoint, open_checkpoint
 from rotexport.doctor import require
@@ -282,6 +284,7 @@ def _calibrate(
             found.notes += notes
 
     solved: dict[str, WeightQuantizer] = {}
+    _search_clips(Network(graph, found.plan, statistics, recipe), solved, windows, found, stages)
     network = Network(graph, found.plan, statistics, recipe)
     if recipe.reconstruct.enabled or any(
         site.weights.enabled and site.weights.method == "gptq" for site in found.plan
@@ -290,12 +293,28 @@ def _calibrate(
             method = block_method(recipe)
             seen = spread(windows, recipe.gptq.windows or len(windows))
             solved, found.blocks = solve_blocks(network, method, seen, kept, stage.advance)
+        _search_clips(network, solved, windows, found, stages)
+        network = replace(network, plan=found.plan)
     if recipe.distill.enabled:
         with stages("distill") as stage:
             distilled = distill_network(network, solved, windows, kept, stage.advance)
             found.plan, solved = distilled.plan, distilled.solved
             found.notes.append(distilled.note)
     return Calibrated(statistics, key_means, solved)
+
+
+def _search_clips(
+    network: Network,
+    solved: Mapping[str, WeightQuantizer],
+    windows: Array,
+    found: Findings,
+    stages: Stages,
+) -> None:
+    """Settle the clips of activations in `found.plan`, if the recipe has them searched."""
+    if network.recipe.clip_search.enabled:
+        with stages("clips") as stage:
+            found.plan, choices = search_clips(network, solved, windows, stage.advance)
+            found.clips.append(choices)
 
 
 def _refuse(output: OutputDirectory, proof: Proof) -> None:

@@ -19,7 +19,14 @@ import yaml
 from rotexport.errors import RecipeError
 from rotexport.learning.training import AffineTraining, RotationTraining, Training
 from rotexport.metrics import Thresholds
-from rotexport.quant.scheme import ActivationScheme, CacheScheme, GptqSettings, MixedScheme, WeightScheme
+from rotexport.quant.scheme import (
+    ActivationScheme,
+    CacheScheme,
+    ClipSearch,
+    GptqSettings,
+    MixedScheme,
+    WeightScheme,
+)
 from rotexport.streaming.scheme import AttentionScheme
 from rotexport.transforms.rotation_file import read_rotation
 from rotexport.transforms.transform import Hadamard, OrthogonalMatrix, Transform
@@ -164,6 +171,7 @@ class Recipe:
     reconstruct: Training = field(default_factory=Training)
     distill: Training = field(default_factory=Training)
     mixed: MixedScheme = field(default_factory=MixedScheme)
+    clip_search: ClipSearch = field(default_factory=ClipSearch)
     calibration_windows: int = CALIBRATION_WINDOWS
     kv_cache: CacheScheme = field(default_factory=CacheScheme)
     attention: AttentionScheme = field(default_factory=AttentionScheme)
@@ -197,6 +205,11 @@ class Recipe:
         if self.learn_affine.enabled and (self.rotations.r4.enabled or self.rotations.o_heads.enabled):
             raise RecipeError(
                 "learn_affine and rotations.r4 or o_heads would transform the same inputs; keep one of them"
+            )
+        if self.clip_search.enabled and not self.activations.enabled:
+            raise RecipeError(
+                "clip_search tries clips of quantized activations; set activations.format, "
+                "or clip_search.candidates to 0"
             )
         if self.activations.enabled and not self.weights.enabled:
             raise RecipeError(
@@ -238,6 +251,7 @@ SECTIONS: Final[Mapping[str, type]] = {
     "activations": ActivationScheme,
     "gptq": GptqSettings,
     "mixed": MixedScheme,
+    "clip_search": ClipSearch,
     "learn_rotations": RotationTraining,
     "learn_affine": AffineTraining,
     "reconstruct": Training,
@@ -386,8 +400,11 @@ def _build(cls: type[T], values: Mapping[str, Any], name: str) -> T:
     try:
         return cls(**values)
     except RecipeError as error:
-        section = name.split(".", maxsplit=1)[0]
-        raise RecipeError(str(error) if section in str(error) else f"{name}: {error}") from error
+        section, text = name.split(".", maxsplit=1)[0], str(error)
+        if section in text:
+            raise
+        known = text.partition(":")[0] in {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        raise RecipeError(f"{name}.{text}" if known else f"{name}: {text}") from error
 
 
 def _check_keys(value: Any, cls: type, prefix: str) -> None:

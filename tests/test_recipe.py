@@ -100,3 +100,18 @@ def test_a_rotation_without_a_block_takes_the_largest_that_divides() -> None:
     np.testing.assert_allclose(
         transform.dense()[:128, :128] @ transform.dense()[:128, :128].T, np.eye(128), atol=1e-12
     )
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "words"),
+    [
+        ("learn_rotations", {"steps": -1}, r"^learn_rotations\.steps: -1 is not"),
+        ("learn_affine", {"batch": 0}, r"^learn_affine\.batch: 0 is not"),
+        ("reconstruct", {"seed": "x"}, r"^reconstruct\.seed: 'x' is not"),
+        ("distill", {"weight_rate": 2}, r"^distill\.weight_rate: 2 is not"),
+        ("distill", {"steps": 3, "weight_rate": 0, "scale_rate": 0}, "^distill: all rates are 0"),
+    ],
+)
+def test_an_illegal_value_is_named_with_its_section(section, value, words):
+    with pytest.raises(RecipeError, match=words):
+        from_mapping({section: value})

@@ -82,12 +82,13 @@ class Network:
         inputs: dict[str, Edit] = {}
         shared: dict[object, Edit] = {}
         for site in block.sites:
-            quantizer = self._activation(planned[site.name])
+            quantizer = self.activation_quantizer(planned[site.name])
             if quantizer is not None:
                 inputs[site.name] = shared.setdefault((site.input.name, quantizer), quantizer)
         return Edits(inputs, {}, self._attention(block))
 
-    def _activation(self, site: SitePlan) -> Edit | None:
+    def activation_quantizer(self, site: SitePlan) -> Edit | None:
+        """Return what quantizes a site's input; None where nothing does."""
         scheme = site.activations
         if not scheme.enabled:
             return None

@@ -10,7 +10,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from rotexport.graph.weights import Array, Weight
+from rotexport.graph.weights import Array, OfOne, Weight, whole
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class GgufTensor(Weight):
 
 
 @dataclass(frozen=True)
-class HalvesRestored(Weight):
+class HalvesRestored(OfOne):
     """Query or key rows as transformers orders them, from llama.cpp's order.
 
     transformers rotates component i of a head with component i + d/2 ("halves"); llama.cpp stores the two
@@ -80,19 +80,7 @@ class HalvesRestored(Weight):
     half j, and i < d/2. Works on biases too.
     """
 
-    weight: Weight
     heads: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.weight.dtype
-
-    def read(self) -> Array:
-        return self._restore(self.weight.read())
 
     def slab(self, axis: int, start: int, stop: int) -> Array:
         if axis != 0:
@@ -101,6 +89,9 @@ class HalvesRestored(Weight):
         first, last = start // width, -(-stop // width)
         heads = self._restore(self.weight.slab(0, first * width, last * width))
         return heads[start - first * width : stop - first * width]
+
+    def _whole(self) -> Array:
+        return self._restore(whole(self.weight))
 
     def _restore(self, rows: Array) -> Array:
         width = self.shape[0] // self.heads

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rotexport.blocks.calibration import Network
+from rotexport.blocks.calibration import Network, claim, run_digest
 from rotexport.blocks.split import BlockGraph, Split, split_blocks
 from rotexport.blocks.stream import Stream
 from rotexport.blocks.torch_block import Edits, TorchBlock
@@ -22,7 +23,8 @@ from rotexport.learning.rotations import Rotations, quantizers
 from rotexport.learning.training import Advance, RotationTraining, cosine, draw
 from rotexport.transforms.transform import OrthogonalMatrix, Transform
 
-STEPS_PER_VISIT: Final = 4  # of one block, which is read anew for every visit
+STEPS_PER_VISIT: Final = 4  # of one block, which is read anew for every visit; then all is saved
+WHOLE: Final = "streams.whole"  # tells that no stream is half written
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,13 +44,20 @@ Loss = Callable[[int], Tensor]  # of a step
 def learn_rotations(
     problem: Problem, training: RotationTraining, folder: Path, advance: Advance = lambda done, of: None
 ) -> list[float]:
-    """Train a problem's rotations in place; return the loss at every step. Streams are kept in `folder`."""
+    """Train a problem's rotations in place; return the loss at every step.
+
+    Streams and what was learned so far are kept in `folder`; a run that stopped there continues.
+    """
     make = _network_loss if training.loss == "network" else _block_loss
     parameters = list(problem.rotations.parameters())
     optimizer = CayleySGD(parameters, training.rate, training.momentum)
-    loss_at = make(problem, training, folder)
-    losses = []
-    for step in range(training.steps):
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = _Progress(folder / "learned.pt", optimizer, parameters)
+    losses = progress.load()
+    start = len(losses)
+    loss_at = make(problem, training, folder, start) if start < training.steps else None
+    for step in range(start, training.steps):
+        assert loss_at is not None
         for group in optimizer.param_groups:
             group["lr"] = training.rate * cosine(step, training.steps)
         with torch.enable_grad():
@@ -57,8 +66,37 @@ def learn_rotations(
             loss.backward()
         optimizer.step()
         losses.append(loss.item())
+        if (step + 1) % STEPS_PER_VISIT == 0 or step + 1 == training.steps:
+            progress.save(losses)
         advance(step + 1, training.steps)
+    for path in (*folder.glob("*.stream"), *folder.glob(WHOLE)):
+        path.unlink()
     return losses
+
+
+class _Progress:
+    """What was learned so far, in one file that is replaced whole: points and velocities in float64."""
+
+    def __init__(self, path: Path, optimizer: CayleySGD, parameters: Sequence[nn.Parameter]) -> None:
+        self.path, self._optimizer, self._parameters = path, optimizer, parameters
+
+    def load(self) -> list[float]:
+        """Continue where an earlier run saved; return the losses of the steps it had done."""
+        if not self.path.exists():
+            return []
+        kept = torch.load(self.path, weights_only=True)
+        with torch.no_grad():
+            for parameter, state in zip(self._parameters, kept["states"], strict=True):
+                self._optimizer.state[parameter].update(state)
+                if state:
+                    parameter.copy_(state["point"])
+        return list(kept["losses"])
+
+    def save(self, losses: Sequence[float]) -> None:
+        states = [dict(self._optimizer.state[parameter]) for parameter in self._parameters]
+        partial = self.path.with_suffix(".partial")
+        torch.save({"states": states, "losses": list(losses)}, partial)
+        partial.rename(self.path)
 
 
 @dataclass(frozen=True)
@@ -79,7 +117,12 @@ class Learned:
 def spin(network: Network, windows: Array, folder: Path, advance: Advance) -> Learned:
     """Learn the rotations that a network's recipe wants learned, on the first of some windows [W, S].
 
-    What is returned acts on top of the rotations that the graph has already. Streams are kept in `folder`.
+    What is returned acts on top of the rotations that the graph has already. `folder` is as in
+    `learn_rotations`.
+
+    Raises:
+        OutputError: `folder` holds another run.
+
     """
     recipe = network.recipe
     plan = [replace(site, activations=replace(site.activations, mode="dynamic")) for site in network.plan]
@@ -88,6 +131,8 @@ def spin(network: Network, windows: Array, folder: Path, advance: Advance) -> Le
     kinds = (recipe.rotations.r1.kind, recipe.rotations.r2.kind)
     rotations = Rotations(network, *(kind == "learned" for kind in kinds))
     chosen = list(windows[: training.windows])
+    folder.mkdir(parents=True, exist_ok=True)
+    claim(folder, run_digest(network, training, windows[: training.windows]))
     problem = Problem(network, split, chosen, rotations, split.context(windows.shape[1]))
     losses = learn_rotations(problem, training, folder, advance)
     return Learned(learned_matrices(rotations), losses)
@@ -103,9 +148,9 @@ def learned_matrices(rotations: Rotations) -> dict[int | None, Transform]:
     }
 
 
-def _network_loss(problem: Problem, training: RotationTraining, folder: Path) -> Loss:
+def _network_loss(problem: Problem, training: RotationTraining, folder: Path, start: int) -> Loss:
     blocks = [TorchBlock(block) for block in problem.split.blocks]
-    batches = _batches(problem, training)
+    batches = _batches(problem, training, start)
 
     def logits(windows: Sequence[Array], rotated: bool) -> Tensor:
         x = torch.cat([problem.split.embed(window) for window in windows])
@@ -128,10 +173,12 @@ def _network_loss(problem: Problem, training: RotationTraining, folder: Path) ->
     return loss
 
 
-def _block_loss(problem: Problem, training: RotationTraining, folder: Path) -> Loss:
+def _block_loss(problem: Problem, training: RotationTraining, folder: Path, start: int) -> Loss:
     streams = _float_streams(problem, folder)
-    batches = _batches(problem, training)
-    visits = draw(len(problem.split.blocks), training.steps, 1, training.seed)
+    batches = _batches(problem, training, start)
+    visits = islice(
+        draw(len(problem.split.blocks), training.steps, 1, training.seed), start // STEPS_PER_VISIT, None
+    )
     visited: list[tuple[int, TorchBlock]] = []
 
     def loss(step: int) -> Tensor:
@@ -161,19 +208,24 @@ def _rotated_block(problem: Problem, block: TorchBlock, x: Tensor) -> Tensor:
 
 
 def _float_streams(problem: Problem, folder: Path) -> list[Stream]:
-    """Run the float network over the windows; keep what passes between blocks."""
+    """Run the float network over the windows, unless an earlier run did; keep what passes between blocks."""
     length = len(problem.windows[0])
     first = problem.split.embed(problem.windows[0])
     shape = (len(problem.windows), length, first.shape[-1])
-    folder.mkdir(parents=True, exist_ok=True)
     streams = [
         Stream(folder / f"rotations-{place}.stream", shape) for place in range(len(problem.split.blocks) + 1)
     ]
+    whole = folder / WHOLE
+    if whole.exists():
+        return streams
     with torch.no_grad():
         for index, window in enumerate(problem.windows):
             streams[0][slice(index, index + 1)] = problem.split.embed(window)
         for block in problem.split.blocks:
             _through(TorchBlock(block), block, streams, problem.context)
+    for stream in streams:
+        stream.flush()
+    whole.touch()
     return streams
 
 
@@ -185,8 +237,8 @@ def _through(
         after[windows] = block(before[windows], context)
 
 
-def _batches(problem: Problem, training: RotationTraining) -> Iterator[list[int]]:
-    return draw(len(problem.windows), training.steps, training.batch, training.seed)
+def _batches(problem: Problem, training: RotationTraining, start: int) -> Iterator[list[int]]:
+    return islice(draw(len(problem.windows), training.steps, training.batch, training.seed), start, None)
 
 
 def _windows(stream: Stream, numbers: Sequence[int]) -> Tensor:

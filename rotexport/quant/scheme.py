@@ -103,6 +103,31 @@ class MixedScheme:
 
 
 @dataclass(frozen=True)
+class ClipSearch:
+    """Which clips of activations are tried for every input, before weights are chosen and again behind them.
+
+    `candidates` ratios lie between 1 and `lowest` (0: the recipe's clips stay), judged on the first `windows`
+    of the calibration text.
+    """
+
+    candidates: int = 0
+    lowest: float = 0.7
+    windows: int = 4
+
+    def __post_init__(self) -> None:
+        for key, least in (("candidates", 0), ("windows", 1)):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise RecipeError(f"clip_search.{key}: {value!r} is not an integer of at least {least}")
+        _check_fraction("clip_search.lowest", self.lowest)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any clip is tried."""
+        return self.candidates > 0
+
+
+@dataclass(frozen=True)
 class ActivationScheme:
     """How the input of a site is quantized.
 

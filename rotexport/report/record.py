@@ -18,6 +18,7 @@ import onnx_graphsurgeon as gs
 
 from rotexport import __version__
 from rotexport.blocks.calibration import BlockResult
+from rotexport.blocks.clips import ClipChoice
 from rotexport.blocks.sensitivity import Sensitivity
 from rotexport.checkpoint import Checkpoint
 from rotexport.graph.basis import Bases, Component, residual
@@ -62,6 +63,7 @@ class Findings:
     plan: list[SitePlan] = field(default_factory=list)
     blocks: list[BlockResult] = field(default_factory=list)
     sensitivities: list[Sensitivity] = field(default_factory=list)
+    clips: list[list[ClipChoice]] = field(default_factory=list)
     proof: Proof | None = None
     engines: list[EngineReport] = field(default_factory=list)
     plugins: Path | None = None

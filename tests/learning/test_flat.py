@@ -92,15 +92,16 @@ def test_clips_learn_together_with_the_transforms(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_goes_on_with_the_next_block(tmp_path: Path) -> None:
-    whole = learn_affine(network_of(CLIPPED), WINDOWS, tmp_path / "whole")
+    quick = {**CLIPPED, "learn_affine": {**CLIPPED["learn_affine"], "steps": 3}}
+    whole = learn_affine(network_of(quick), WINDOWS, tmp_path / "whole")
 
     def stop(done: int, of: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        learn_affine(network_of(CLIPPED), WINDOWS, tmp_path / "cut", stop)
+        learn_affine(network_of(quick), WINDOWS, tmp_path / "cut", stop)
     kept = (tmp_path / "cut" / "block-0.pt").stat().st_mtime_ns
-    resumed = learn_affine(network_of(CLIPPED), WINDOWS, tmp_path / "cut")
+    resumed = learn_affine(network_of(quick), WINDOWS, tmp_path / "cut")
     assert (tmp_path / "cut" / "block-0.pt").stat().st_mtime_ns == kept
     assert resumed.flattening == whole.flattening
     assert resumed.errors == whole.errors

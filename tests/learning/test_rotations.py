@@ -103,6 +103,27 @@ def test_training_lowers_the_quantized_networks_loss(loss: str, tmp_path: Path) 
         assert np.abs(dense - np.eye(len(dense))).max() > 1e-3  # it moved
 
 
+@pytest.mark.parametrize("loss", ["block", "network"])
+def test_an_interrupted_run_goes_on_where_it_saved(loss: str, tmp_path: Path) -> None:
+    training = RotationTraining(**{**TRAINING, "steps": 10}, loss=loss)
+    whole = problem_of()
+    losses = learn_rotations(whole, training, tmp_path / "whole")
+
+    def stop(done: int, of: int) -> None:
+        if done == 7:  # three steps past what was saved
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learn_rotations(problem_of(), training, tmp_path / "cut", stop)
+    resumed, told = problem_of(), []
+    again = learn_rotations(resumed, training, tmp_path / "cut", lambda done, of: told.append(done))
+    assert told == [5, 6, 7, 8, 9, 10]
+    assert again == losses
+    for first, second in zip(whole.rotations.parameters(), resumed.rotations.parameters(), strict=True):
+        assert torch.equal(first, second)
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["learned.pt"]
+
+
 def test_a_build_folds_learned_rotations_and_keeps_them(tmp_path: Path) -> None:
     model = tiny_model("llama", initializer_range=0.3)
     report = build(model, tmp_path / "learned", from_mapping(RECIPE), BuildOptions(validate=False))
