@@ -59,9 +59,10 @@ class Mass {
 
   ROTEXPORT_DEVICE void run() {
     if (fresh_ ? first_ >= tokens_.row.fresh : tokens_.row.past <= g_.sinks) return;
-    write_norms();
     const int begin = first_counting() * g_.repeat;
     const int end = last_seeing() * g_.repeat;
+    if (begin < end) copy_keys();  // on their way while norms are summed
+    write_norms();
     if (begin < end) {
       hold_keys();
       add_queries(begin, end);
@@ -96,32 +97,32 @@ class Mass {
     if (fresh_) return tokens_.fresh(at);
     return at < g_.window ? tokens_.held(at) : kNone;
   }
+  // Keys past the last slot or token repeat it.
   ROTEXPORT_DEVICE const Element* row(int key, const void* slots, const Element* fresh, int width) const {
-    const int64_t at = first_ + key;
-    if (fresh_) return fresh + (int64_t{head_} * g_.tokens + at) * width;
-    return static_cast<const Element*>(slots) + (int64_t{head_} * g_.window + at) * width;
+    const int count = fresh_ ? g_.tokens : g_.window;
+    const int at = first_ + key < count ? first_ + key : count - 1;
+    const Element* rows = fresh_ ? fresh : static_cast<const Element*>(slots);
+    return rows + (int64_t{head_} * count + at) * width;
   }
   ROTEXPORT_DEVICE int64_t column(int key) const {
     return int64_t{head_} * (g_.window + g_.tokens) + (fresh_ ? g_.window : 0) + first_ + key;
   }
 
-  // Eight lanes take a key.
+  // Eight lanes take a key. What is no token is read, too, so that loads need not wait for positions.
   ROTEXPORT_DEVICE void write_norms() const {
+    ROTEXPORT_UNROLL_BY(4)
     for (int i = lane() / 8; i < Traits::kWarpKeys; i += 4) {
       const int key = warp_key() + i;
-      const bool exists = position(key) != kNone;
+      const device::Global<const Element> value(
+          row(key, views_.cache.window_value, views_.value, g_.value_size));
       float sum = 0;
-      if (exists) {
-        const device::Global<const Element> value(
-            row(key, views_.cache.window_value, views_.value, g_.value_size));
-        ROTEXPORT_UNROLL
-        for (int c = 0; c < Traits::kSize; c += 64) {
-          const int channel = c + lane() % 8 * 8;
-          if (channel < g_.value_size) sum += squares(value.template load<Chunk>(channel));
-        }
+      ROTEXPORT_UNROLL
+      for (int c = 0; c < Traits::kSize; c += 64) {
+        const int channel = c + lane() % 8 * 8;
+        if (channel < g_.value_size) sum += squares(value.template load<Chunk>(channel));
       }
       for (int lanes = 1; lanes < 8; lanes *= 2) sum += device::shuffle_xor(sum, lanes);
-      if (exists && lane() % 8 == 0) {
+      if (lane() % 8 == 0 && position(key) != kNone) {
         device::Global<float>(views_.scratch.norm).from(column(key)).store(0, sqrtf(sum));
       }
     }
@@ -137,23 +138,22 @@ class Mass {
     return sum;
   }
 
-  // Brings the block's keys to the registers of their warps, by way of the queries' stages.
-  ROTEXPORT_DEVICE void hold_keys() {
+  // Starts to copy the block's keys to the queries' stages.
+  ROTEXPORT_DEVICE void copy_keys() const {
     clear_padding();
     ROTEXPORT_ROLL
     for (int i = thread(); i < Traits::kKeys * Traits::kSize / 8; i += Traits::kThreads) {
       const int key = i / (Traits::kSize / 8);
       const int channel = i % (Traits::kSize / 8) * 8;
       if (channel >= g_.head_size) continue;
-      const unsigned place = key * Traits::kStride + channel;
-      if (position(key) == kNone) {
-        rows_.store(place, Chunk{});
-      } else {
-        device::copy_async(rows_, place,
-                           row(key, views_.cache.window_key, views_.key, g_.head_size) + channel);
-      }
+      device::copy_async(rows_, key * Traits::kStride + channel,
+                         row(key, views_.cache.window_key, views_.key, g_.head_size) + channel);
     }
     device::copy_async_commit();
+  }
+
+  // Brings them to the registers of their warps.
+  ROTEXPORT_DEVICE void hold_keys() {
     device::copy_async_wait<0>();
     device::barrier();
     ROTEXPORT_UNROLL

@@ -121,7 +121,7 @@ def check_against_body(session: Session, new: list[int]) -> None:
 def test_the_kernel_computes_its_operators_body(kernels: EmulatedEviction, policy: Eviction) -> None:
     """Over many tiles of slots and tokens, with slots that were never filled, and rows that bring nothing."""
     case = EvictingCase(
-        *(64, 64, 2, 2, 3, 600), softcap=4.0, decay=0.01, policy=replace(policy, recent=100, context=650)
+        *(64, 64, 1, 2, 3, 600), softcap=4.0, decay=0.01, policy=replace(policy, recent=100, context=650)
     )
     session = session_of(kernels, case, [900, 300])
     for new in ([520, 90], [180, 0], [1, 3], [0, 0], [190, 197]):
