@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,17 @@ from rotexport.targets.lowering import lower
 from rotexport.targets.profiles import Profiles, Range, Shapes, input_shapes
 
 _TAIL: Final = 8  # lines of a failed builder's output that go into the error
+_ALLOCATOR: Final = ":".join(  # glibc: what is freed stays, in huge pages; a builder allocates by the million
+    f"glibc.malloc.{name}={value}"
+    for name, value in {
+        "trim_threshold": 1 << 33,
+        "mmap_threshold": 1 << 25,
+        "top_pad": 1 << 26,
+        "hugetlb": 1,
+        "tcache_count": 65535,
+        "mxfast": 160,
+    }.items()
+)
 
 Progress = Callable[[str], None]
 
@@ -145,7 +157,10 @@ def _run(orders: Mapping[str, object], scratch: Path, name: str) -> None:
     file.write_text(json.dumps(orders))
     with log.open("wb") as output:
         command = [sys.executable, str(builder_process.__file__), str(file)]
-        status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+        environment = {"GLIBC_TUNABLES": _ALLOCATOR, **os.environ}
+        status = subprocess.run(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False
+        ).returncode
     if status:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         how = f"ended by signal {-status}" if status < 0 else "failed"

@@ -3,12 +3,13 @@
 TensorRT-RTX inlines function bodies itself, but names their quantization layers after the body alone, so a
 second call of the same function fails to parse; and it repeats per layer, on every run, what depends on
 tables only. Here bodies are expanded first; inside them, what follows from small constants is computed,
-and equal expressions are shared between all calls. Nodes of the model's own graph stay as they are.
+equal expressions are shared between all calls, products with the number 1 and choices that constants decide
+disappear: a build takes time in proportion to nodes. Nodes of the model's own graph stay as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -49,8 +50,9 @@ def inline(model: onnx.ModelProto, folder: Path, keep: Collection[str] = ()) -> 
     sharing = _Sharing(inlined, folder, own)
     for node in list(inlined.graph.node):
         sharing.visit(node)
+    used = _used(sharing.nodes, own | {value.name for value in inlined.graph.output})
     del inlined.graph.node[:]
-    inlined.graph.node.extend(sharing.nodes)
+    inlined.graph.node.extend(used)
     return inlined
 
 
@@ -71,6 +73,26 @@ def _apart(model: onnx.ModelProto, keep: Collection[str], kept: set[tuple[str, s
     return apart
 
 
+def _used(nodes: list[onnx.NodeProto], wanted: set[str]) -> list[onnx.NodeProto]:
+    """Return the nodes, of topologically sorted ones, that tensors in `wanted` are computed by."""
+    used = []
+    for node in reversed(nodes):
+        if wanted & set(node.output):
+            used.append(node)
+            wanted |= set(_reads(node))
+    return used[::-1]
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    """Yield what a node reads, in its subgraphs too."""
+    yield from node.input
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            yield from (value.name for value in graph.output)
+            for inner in graph.node:
+                yield from _reads(inner)
+
+
 class _Sharing:
     """One walk over topologically sorted nodes; collects those that remain."""
 
@@ -83,6 +105,7 @@ class _Sharing:
         self._stored: dict[Key, str] = {}
         self._same: dict[str, str] = {}  # tensor -> its equal
         self._seen: dict[Key, list[str]] = {}
+        self._makers: dict[str, onnx.NodeProto] = {}
         self._outputs = {value.name for value in model.graph.output}
         values = (*model.graph.input, *model.graph.value_info, *model.graph.output)
         self._types = {value.name: value.type.tensor_type.elem_type for value in values}
@@ -93,6 +116,9 @@ class _Sharing:
         self._rename(node)
         if set(node.output) & self._own or any(a.HasField("g") or a.graphs for a in node.attribute):
             self._keep(node)
+            return
+        if same := self._equal_input(node):
+            self._same[node.output[0]] = same
             return
         self._type_casts(node)
         key = (node.op_type, node.domain, *node.input, "|", *(a.SerializeToString() for a in node.attribute))
@@ -107,6 +133,30 @@ class _Sharing:
         for index, name in enumerate(node.input):
             node.input[index] = self._reference(name)
         self.nodes.append(node)
+        self._makers |= dict.fromkeys(node.output, node)
+
+    def _equal_input(self, node: onnx.NodeProto) -> str | None:
+        """Return the input that a node passes on: the other factor of [[1]], the choice of a constant."""
+        if set(node.output) & self._outputs:
+            return None
+        first = self._value(node.input[0]) if node.op_type in ("MatMul", "Where") else None
+        if first is None or first.size != 1:
+            return None
+        if node.op_type == "MatMul":
+            return node.input[1] if first.shape == (1, 1) and first.item() == 1 else None
+        yes, no = node.input[1:]
+        if first.ndim or not (self._has_shape_of(yes, no) or self._has_shape_of(no, yes)):
+            return None
+        return yes if first.item() else no
+
+    def _has_shape_of(self, name: str, origin: str) -> bool:
+        """Say whether a tensor is computed from `origin` element by element, with numbers alone."""
+        maker = self._makers.get(name)
+        if maker is None or maker.op_type not in ("Mul", "Div", "Tanh"):
+            return False
+        values = [(read, self._value(read)) for read in maker.input]
+        moving = [read for read, value in values if value is None or value.ndim]
+        return len(moving) == 1 and (moving[0] == origin or self._has_shape_of(moving[0], origin))
 
     def _rename(self, node: onnx.NodeProto) -> None:
         for index, name in enumerate(node.input):

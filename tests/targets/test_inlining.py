@@ -136,3 +136,53 @@ def test_shapes_that_the_model_states_are_tables_and_others_are_not():
     x = np.zeros((3, 4), np.float16)
     found = ort.InferenceSession(model.SerializeToString()).run(None, {"x": x})
     assert [values.tolist() for values in found] == [[4], [3, 4]]
+
+
+CAPPED = """<ir_version: 11, opset_import: ["": 23, "rotexport": 1]>
+g (float[M, 3] x) => (float[M, 3] y) <int8[1, 1] factor = {1}> {
+  z = rotexport.Cap <cap = CAP> (x, factor)
+  y = Neg(z)
+}
+<domain: "rotexport", opset_import: ["": 23]>
+Cap <cap> (x, factor) => (y) {
+  one = Constant<value_float = 1.0>()
+  none = Constant<value_float = 0.0>()
+  table = DequantizeLinear(factor, one)
+  rest = Constant<value_ints = [-1, 1, 3]>()
+  rows = Reshape(x, rest)
+  same = MatMul(table, rows)
+  limit = Constant<value_float: float = @cap>()
+  capped = Greater(limit, none)
+  divisor = Where(capped, limit, one)
+  ratio = Div(same, divisor)
+  squashed = Tanh(ratio)
+  bounded = Mul(squashed, divisor)
+  chosen = Where(capped, bounded, same)
+  shape = Shape(x)
+  y = Reshape(chosen, shape)
+}"""
+
+
+@pytest.mark.parametrize(("cap", "nodes"), [(0.0, []), (2.0, ["Div", "Tanh", "Mul"])])
+def test_what_constants_decide_is_not_computed(cap, nodes, tmp_path):
+    """A soft cap of 0 and a product with [[1]] cost nothing; a real cap stays."""
+    model = onnx.parser.parse_model(CAPPED.replace("CAP", str(cap), 1))
+    expanded = inline(model, tmp_path)
+    assert [n.op_type for n in expanded.graph.node] == ["Reshape", *nodes, "Shape", "Reshape", "Neg"]
+    feeds = {"x": np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)}
+    want, got = (ort.InferenceSession(m.SerializeToString()).run(None, feeds)[0] for m in (model, expanded))
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("choice", ["Where(wide, x, row)", "Where(yes, x, row)", "MatMul(two, x)"])
+def test_what_changes_shapes_or_numbers_stays(choice, tmp_path):
+    """[1, 3] chosen in place of [M, 3] would be another shape; 2 is not 1."""
+    model = onnx.parser.parse_model(f"""<ir_version: 11, opset_import: ["": 23, "rotexport": 1]>
+        g (float[1, 3] x, float[M, 3] row) => (float[N, 3] y) {{ z = rotexport.Choose(x, row)  y = Neg(z) }}
+        <domain: "rotexport", opset_import: ["": 23]> Choose (x, row) => (z) {{
+          yes = Constant<value = bool {{1}}>()
+          wide = Constant<value = bool[2, 1] {{1, 1}}>()
+          two = Constant<value = float[1, 1] {{2.0}}>()
+          z = {choice}
+        }}""")
+    assert [node.op_type for node in inline(model, tmp_path).graph.node] == [choice.split("(")[0], "Neg"]
