@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import onnx_graphsurgeon as gs
 from transformers import PreTrainedModel
 
 from rotexport.blocks.calibration import Network, solve_blocks
-from rotexport.blocks.clips import search_clips
 from rotexport.blocks.sensitivity import sensitivities, widen
 from rotexport.checkpoint import Checkpoint, open_checkpoint
 from rotexport.doctor import require
@@ -53,6 +51,7 @@ from rotexport.recipe import Recipe, load_recipe
 from rotexport.reference import reference_model
 from rotexport.report import BuildReport, write_report
 from rotexport.report.record import Findings, make_report, summarize_components, write_manifest
+from rotexport.steps import Steps
 from rotexport.targets.builder import EngineRequest, build_engines
 from rotexport.targets.capabilities import check
 from rotexport.targets.profiles import Profiles
@@ -159,7 +158,7 @@ def prepare(
 
 def _compile(prepared: Prepared, options: BuildOptions, folder: Path, stages: Stages) -> BuildReport:
     recipe, graph, samples, plan = prepared.recipe, prepared.graph, prepared.samples, prepared.plan
-    found = Findings(prepared.source, recipe, options.target, samples.source)
+    found = Findings(prepared.source, recipe, options.target, samples.source, plan=plan)
     found.notes += prepared.notes
     found.components = summarize_components(analyse(graph))
     with tempfile.TemporaryDirectory(prefix="scratch-", dir=folder) as scratch_folder:
@@ -172,6 +171,8 @@ def _compile(prepared: Prepared, options: BuildOptions, folder: Path, stages: St
                 reference = observe_reference(torch_model, samples.tokens, samples.windows, stage.advance)
                 del torch_model
 
+        steps = Steps(graph, recipe, samples.calibration, found, stages, options.validate and recipe.learns)
+        steps.measure("as exported")
         with stages("rotate") as stage:
             if options.validate:
                 found.outliers_before = outliers(observe_inputs(graph, scratch, [samples.tokens]))
@@ -180,8 +181,10 @@ def _compile(prepared: Prepared, options: BuildOptions, folder: Path, stages: St
                 found.outliers_after = outliers(observe_inputs(graph, scratch, [samples.tokens]))
 
         kept = options.resume or scratch.directory / "blocks"
-        _learn_transforms(prepared, pipeline, kept, found, stages)
-        calibrated = _calibrate(prepared, scratch, kept, found, stages)
+        if recipe.rotations.enabled or recipe.smoothing != "none":
+            steps.measure("rotated" if recipe.rotations.enabled else "balanced")
+        _learn_transforms(prepared, pipeline, kept, steps)
+        calibrated = _calibrate(prepared, scratch, kept, steps)
         plan = found.plan
 
         with stages("quantize") as stage:
@@ -236,33 +239,33 @@ def _rotate(prepared: Prepared, pipeline: Pipeline, scratch: Scratch, stage: Sta
     pipeline.run(rotation_passes(recipe.rotations), stage.detail)
 
 
-def _learn_transforms(
-    prepared: Prepared, pipeline: Pipeline, kept: Path, found: Findings, stages: Stages
-) -> None:
+def _learn_transforms(prepared: Prepared, pipeline: Pipeline, kept: Path, steps: Steps) -> None:
     """Turn R1 and R2 further from where the recipe starts them; put learned maps in front of linears.
 
-    Settles `found.plan` as far as learned clips change it.
+    Settles the plan as far as learned clips change it.
     """
     recipe, windows = prepared.recipe, prepared.samples.calibration
-    found.plan = prepared.plan
-    network = Network(prepared.graph, found.plan, {}, recipe)
+    found, stages = steps.found, steps.stages
+    network = steps.network()
     if recipe.rotations.learned:
         with stages("learn rotations") as stage:
             learned = spin(network, windows, kept / "rotations", stage.advance)
             pipeline.run(learned_passes(learned.matrices), stage.detail)
             found.notes.append(learned.note)
+        steps.measure("rotations learned")
     if recipe.learn_affine.enabled:
         with stages("learn transforms") as stage:
             flat = learn_affine(network, windows, kept / "transforms", stage.advance)
             pipeline.run(affine_passes(flat.flattening), stage.detail)
             found.plan = flat.plan
+            found.notes.append(flat.note)
+        steps.measure("transforms learned")
 
 
-def _calibrate(
-    prepared: Prepared, scratch: Scratch, kept: Path, found: Findings, stages: Stages
-) -> Calibrated:
-    """Run the rotated graph on the calibration text as far as the recipe needs; settle `found.plan`."""
+def _calibrate(prepared: Prepared, scratch: Scratch, kept: Path, steps: Steps) -> Calibrated:
+    """Run the rotated graph on the calibration text as far as the recipe needs; settle the plan."""
     recipe, graph, windows = prepared.recipe, prepared.graph, prepared.samples.calibration
+    found, stages = steps.found, steps.stages
     statistics: dict[str, InputStatistics] = {}
     if any(site.activations.enabled and site.activations.mode == "static" for site in found.plan):
         with stages("calibrate"):
@@ -277,15 +280,16 @@ def _calibrate(
 
     if recipe.mixed.enabled:
         with stages("sensitivity") as stage:
-            network = Network(graph, found.plan, statistics, recipe)
-            found.sensitivities = sensitivities(network, windows, recipe.mixed, stage.advance)
+            found.sensitivities = sensitivities(
+                steps.network(statistics), windows, recipe.mixed, stage.advance
+            )
             outputs = {linear.name: int(linear.weight.shape[1]) for linear in linears(graph)}
             found.plan, notes = widen(found.plan, found.sensitivities, outputs, recipe.mixed)
             found.notes += notes
 
     solved: dict[str, WeightQuantizer] = {}
-    _search_clips(Network(graph, found.plan, statistics, recipe), solved, windows, found, stages)
-    network = Network(graph, found.plan, statistics, recipe)
+    steps.search_clips(statistics, solved)
+    network = steps.network(statistics)
     if recipe.reconstruct.enabled or any(
         site.weights.enabled and site.weights.method == "gptq" for site in found.plan
     ):
@@ -293,28 +297,16 @@ def _calibrate(
             method = block_method(recipe)
             seen = spread(windows, recipe.gptq.windows or len(windows))
             solved, found.blocks = solve_blocks(network, method, seen, kept, stage.advance)
-        _search_clips(network, solved, windows, found, stages)
-        network = replace(network, plan=found.plan)
+        steps.measure("weights chosen", statistics, solved)
+        steps.search_clips(statistics, solved)
+        network = steps.network(statistics)
     if recipe.distill.enabled:
         with stages("distill") as stage:
             distilled = distill_network(network, solved, windows, kept, stage.advance)
             found.plan, solved = distilled.plan, distilled.solved
             found.notes.append(distilled.note)
+        steps.measure("distilled", statistics, solved)
     return Calibrated(statistics, key_means, solved)
-
-
-def _search_clips(
-    network: Network,
-    solved: Mapping[str, WeightQuantizer],
-    windows: Array,
-    found: Findings,
-    stages: Stages,
-) -> None:
-    """Settle the clips of activations in `found.plan`, if the recipe has them searched."""
-    if network.recipe.clip_search.enabled:
-        with stages("clips") as stage:
-            found.plan, choices = search_clips(network, solved, windows, stage.advance)
-            found.clips.append(choices)
 
 
 def _refuse(output: OutputDirectory, proof: Proof) -> None:

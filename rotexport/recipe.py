@@ -221,6 +221,12 @@ class Recipe:
         elif (setting := self.kv_cache.bounded_only) is not None:
             raise RecipeError(f"kv_cache.{setting} needs a bounded cache; set attention.kind to streaming")
 
+    @property
+    def learns(self) -> bool:
+        """Whether anything is learned or searched on text besides the codes of weights."""
+        sections = (self.learn_rotations, self.learn_affine, self.reconstruct, self.distill, self.clip_search)
+        return any(section.enabled for section in sections)
+
     def schemes(self, site: str) -> tuple[WeightScheme, ActivationScheme]:
         """Return what to do with one linear: the last matching override wins; else the head stays float."""
         weights, activations = self.weights, self.activations

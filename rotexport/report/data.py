@@ -114,6 +114,28 @@ class BlockSummary:
 
 
 @dataclass(frozen=True)
+class StepSummary:
+    """After one step of a build, each block's error when it alone is quantized, relative to its output."""
+
+    step: str
+    blocks: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ClipSummary:
+    """The clip found for the input of some sites, and their products' relative error before and with it.
+
+    `search` counts searches: 1 before weights were chosen, 2 behind them.
+    """
+
+    search: int
+    sites: str
+    clip: float
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class SiteSensitivity:
     """Error in a block's output when one site alone is quantized, relative to the output's power.
 
@@ -161,6 +183,8 @@ class BuildReport:
     passes: tuple[PassSummary, ...] = ()
     outliers: tuple[SiteOutliers, ...] = ()
     weights: tuple[BlockSummary, ...] = ()
+    steps: tuple[StepSummary, ...] = ()
+    clips: tuple[ClipSummary, ...] = ()
     sensitivities: tuple[SiteSensitivity, ...] = ()
     proof: Proof | None = None
     stream: StreamComparison | None = None

@@ -10,7 +10,7 @@ from importlib import resources
 from rotexport.report import sections
 from rotexport.report.data import BuildReport, TransformSummary
 from rotexport.report.markup import count, duration, figure, parameters, size
-from rotexport.report.weights import sensitivity, weights
+from rotexport.report.weights import clips, sensitivity, steps, weights
 from rotexport.validate import Proof
 
 
@@ -24,7 +24,9 @@ def render(report: BuildReport) -> str:
         sections.stream(report.stream),
         sections.outliers(report.outliers),
         sections.rotations(report),
+        steps(report.steps),
         weights(report.weights),
+        clips(report.clips),
         sensitivity(report.sensitivities),
         sections.passes(report),
         sections.engines(report),

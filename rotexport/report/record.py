@@ -20,6 +20,7 @@ from rotexport import __version__
 from rotexport.blocks.calibration import BlockResult
 from rotexport.blocks.clips import ClipChoice
 from rotexport.blocks.sensitivity import Sensitivity
+from rotexport.blocks.steps import StepErrors
 from rotexport.checkpoint import Checkpoint
 from rotexport.graph.basis import Bases, Component, residual
 from rotexport.observe import Outliers
@@ -32,6 +33,7 @@ from rotexport.report.data import (
     BlockSummary,
     BodyCount,
     BuildReport,
+    ClipSummary,
     ComponentSummary,
     EngineSummary,
     KernelCount,
@@ -39,6 +41,7 @@ from rotexport.report.data import (
     PassSummary,
     SiteOutliers,
     SiteSensitivity,
+    StepSummary,
     TransformSummary,
 )
 from rotexport.streaming.cache import graph_cache_bytes
@@ -64,6 +67,7 @@ class Findings:
     blocks: list[BlockResult] = field(default_factory=list)
     sensitivities: list[Sensitivity] = field(default_factory=list)
     clips: list[list[ClipChoice]] = field(default_factory=list)
+    steps: list[StepErrors] = field(default_factory=list)
     proof: Proof | None = None
     engines: list[EngineReport] = field(default_factory=list)
     plugins: Path | None = None
@@ -141,10 +145,20 @@ def make_report(
         passes=_passes(pipeline),
         outliers=summarize_outliers(findings.outliers_before, findings.outliers_after),
         weights=tuple(BlockSummary(b.block, b.error, b.sites) for b in findings.blocks),
+        steps=tuple(StepSummary(found.step, found.blocks) for found in findings.steps),
+        clips=_clips(findings),
         sensitivities=_sensitivities(findings),
         proof=findings.proof,
         engines=tuple(_engine(engine, findings.plan) for engine in findings.engines),
         notes=tuple(findings.notes),
+    )
+
+
+def _clips(findings: Findings) -> tuple[ClipSummary, ...]:
+    return tuple(
+        ClipSummary(number, ", ".join(choice.sites), choice.clip, choice.before, choice.after)
+        for number, choices in enumerate(findings.clips, 1)
+        for choice in choices
     )
 
 

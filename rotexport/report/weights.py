@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rotexport.report.charts import Axes, Series, legend, line_chart
-from rotexport.report.data import BlockSummary, SiteSensitivity
+from rotexport.report.data import BlockSummary, ClipSummary, SiteSensitivity, StepSummary
 from rotexport.report.markup import figure, table
 
 STYLES = ("before", "faint", "after")
@@ -42,6 +42,45 @@ def _means(blocks: Sequence[BlockSummary], step: str) -> list[tuple[float, float
         block.block: [losses[step] for losses in block.losses.values() if step in losses] for block in blocks
     }
     return [(number, sum(values) / len(values)) for number, values in found.items() if values]
+
+
+def steps(found: Sequence[StepSummary]) -> str:
+    """Each block's error after each step of the build."""
+    if not found:
+        return ""
+    lines = [
+        Series(step.step, STYLES[0] if place == 0 else STYLES[1], list(enumerate(step.blocks)))
+        for place, step in enumerate(found[:-1])
+    ]
+    lines.append(Series(found[-1].step, STYLES[2], list(enumerate(found[-1].blocks))))
+    rows = [
+        [str(block), *(figure(step.blocks[block]) for step in found)] for block in range(len(found[0].blocks))
+    ]
+    rows.append(["mean", *(figure(sum(step.blocks) / len(step.blocks)) for step in found)])
+    return (
+        "<h2>Step by step</h2>\n<p>Each block quantized alone, on what the float model gives it: the power "
+        "of the error in its output over the output's, a mean over tokens of the calibration text, after "
+        "each step of the build. Until weights are chosen they are rounded to nearest.</p>\n"
+        f"{legend(lines)}\n{line_chart(lines, Axes('block', 'error', log_y=True))}\n"
+        f"<details><summary>Figures</summary>{table(['Block', *(s.step for s in found)], rows)}</details>\n"
+    )
+
+
+def clips(found: Sequence[ClipSummary]) -> str:
+    """The clip of every input, and what it gained."""
+    if not found:
+        return ""
+    when = {1: "before weights", 2: "behind weights"}
+    rows = [
+        [choice.sites, when.get(choice.search, ""), *map(figure, (choice.clip, choice.before, choice.after))]
+        for choice in found
+    ]
+    return (
+        "<h2>Clips</h2>\n<p>How much of its range each quantized input keeps, and the error of the products "
+        "that read it: its power over theirs, a mean over tokens, as it was and with the clip.</p>\n"
+        f"<details><summary>{len(rows)} choices</summary>"
+        f"{table(['Sites', 'searched', 'clip', 'error before', 'after'], rows)}</details>\n"
+    )
 
 
 def sensitivity(sites: Sequence[SiteSensitivity]) -> str:

@@ -53,3 +53,29 @@ def test_static_activations_are_refused_before_the_model_is_read(tmp_path: Path)
     recipe = from_mapping({**LEARNED, "activations": {"format": "int8", "mode": "static"}})
     with pytest.raises(RecipeError, match="dynamic activations only"):
         build(tiny_model("llama"), tmp_path / "out", recipe, BuildOptions(validate=False))
+
+
+def test_the_report_shows_each_block_before_and_after_every_step(tmp_path: Path) -> None:
+    recipe = from_mapping(
+        {
+            **LEARNED,
+            "activations": {"format": "int4", "mode": "dynamic"},
+            "clip_search": {"candidates": 3, "windows": 1},
+            "distill": {"steps": 2},
+        }
+    )
+    report = build(tiny_model("llama", initializer_range=0.3), tmp_path / "out", recipe)
+    steps = [step.step for step in report.steps]
+    assert steps == ["as exported", "rotated", "clips", "weights chosen", "clips again", "distilled"]
+    assert all(len(step.blocks) == 2 and all(error > 0 for error in step.blocks) for step in report.steps)
+    errors = {step.step: sum(step.blocks) for step in report.steps}
+    assert errors["weights chosen"] < errors["clips"]
+    assert {choice.search for choice in report.clips} == {1, 2}
+    assert all(choice.after <= choice.before for choice in report.clips)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<h2>Step by step</h2>" in page and "<h2>Clips</h2>" in page
+
+
+def test_a_build_that_only_rounds_measures_no_steps(tmp_path: Path) -> None:
+    report = build(tiny_model("llama"), tmp_path / "out", from_mapping({"dtype": "fp32"}))
+    assert report.steps == () and report.clips == ()

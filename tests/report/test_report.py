@@ -15,12 +15,14 @@ from rotexport.report import read_report, write_report
 from rotexport.report.data import (
     BodyCount,
     BuildReport,
+    ClipSummary,
     ComponentSummary,
     EngineSummary,
     KernelCount,
     ModelSummary,
     PassSummary,
     SiteOutliers,
+    StepSummary,
     TransformSummary,
 )
 from rotexport.report.page import render
@@ -69,6 +71,15 @@ def full():
             PassSummary("quantize-weights", "changed by quantization", 21, ("0.down is dynamic",), FAR),
         ),
         outliers=tuple(SiteOutliers(s, ratios[s.split(".")[1]], 60.0, 1.9, 3.1) for s in sites),
+        steps=(
+            StepSummary("as exported", (0.4, 0.2, 0.3)),
+            StepSummary("rotated", (0.1, 0.07, 0.125)),
+            StepSummary("distilled", (0.03, 0.02, 0.0625)),
+        ),
+        clips=(
+            ClipSummary(1, "0.query, 0.key", 0.85, 0.0625, 0.0312),
+            ClipSummary(2, "0.query, 0.key", 0.9, 0.0471, 0.0412),
+        ),
         proof=proof(Thresholds(kl=0.1, top1_agreement=0.9)),
         engines=(
             EngineSummary(
@@ -264,3 +275,15 @@ def table_rows(html, column):
             rows = re.findall(r"<tr>(.*?)</tr>", table)[1:]
             return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in rows]
     raise AssertionError(f"no table has a column '{column}'")
+
+
+def test_every_step_shows_every_blocks_error(full):
+    page = render(full)
+    assert "<h2>Step by step</h2>" in page
+    table = page[page.index("Step by step") : page.index("<h2>Clips</h2>")]
+    for words in ("as exported", "rotated", "distilled", "0.4", "0.07", "0.0625", "mean"):
+        assert words in table
+    clips = page[page.index("<h2>Clips</h2>") :]
+    for words in ("2 choices", "0.query, 0.key", "before weights", "behind weights", "0.85", "0.0412"):
+        assert words in clips
+    assert "Step by step" not in render(BARE) and "<h2>Clips</h2>" not in render(BARE)
