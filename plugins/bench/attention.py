@@ -22,9 +22,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from attention_streams import definition_row, random_new, random_turns, special_inputs, special_noise
 from attention_targets import COPY_BYTES, LONG, MANY_ROWS, SHORT, WARPGROUPS, Result, shortfalls, table
 from fast_hadamard import EPSILON, machine, median_seconds, sanitize
-from gpu_attention import NEW, Attention, AttentionKernels, Call
+from gpu_attention import Attention, AttentionKernels, Call
 from gpu_kernels import PLUGINS, build
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -32,23 +33,9 @@ from torch.nn.functional import scaled_dot_product_attention
 WARPGROUP_SIZES = [(64, 64), (128, 128), (112, 48), (48, 64)]
 SIZES = [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (112, 48)]
 FORMATS: list[tuple[int | None, int]] = [(None, 0), (8, 0), (4, 0), (2, 0), (8, 32), (4, 32), (2, 32)]
+LARGEST_HEAD = 256  # with the angles of its mean
 CALLS = [(200, 30), (3, 16), (1, 0), (97, 180)]  # new tokens of two rows
 LONG_CALLS = [(700, 130), (3, 16), (400, 900)]  # over tiles enough for warpgroups to copy ahead
-
-
-def random_new(
-    attention: Attention, batch: int, tokens: int, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """Return the tensors that a call brings."""
-    a = attention
-    heads = {"query": a.query_heads, "query_sink": a.query_heads, "key": a.kv_heads, "value": a.kv_heads}
-    sizes = {"value": a.value_size}
-    return {
-        name: torch.randn(
-            batch, heads[name], tokens, sizes.get(name, a.head_size), device=device, dtype=a.dtype
-        )
-        for name in NEW
-    }
 
 
 def check(
@@ -61,7 +48,9 @@ def check(
     lengths = [sum(row) for row in zip(*calls, strict=True)]
     streams = random_new(attention, len(lengths), max(lengths), device)
     rows = [{name: t[b, :, :length] for name, t in streams.items()} for b, length in enumerate(lengths)]
-    expected = [attention.expected(row) for row in rows]
+    turns = random_turns(attention, len(lengths), max(lengths), device)
+    told = [definition_row(attention, streams, turns, b, length) for b, length in enumerate(lengths)]
+    expected = [attention.expected(row) for row in told]
     allowed = (3 * EPSILON[attention.dtype] + 2.0**-18 * 33) * float(streams["value"].abs().max())
     past = torch.zeros(len(lengths), dtype=torch.int32)
     cache = attention.cache(len(lengths), device)
@@ -72,7 +61,8 @@ def check(
             for name, tensor in new.items():
                 tensor[b, :, :n] = rows[b][name][:, p : p + n]
         count = torch.tensor(counts, dtype=torch.int32)
-        launch = kernels.prepare(Call(attention, new, past.to(device), count.to(device), cache))
+        special = special_inputs(attention, turns, past.tolist(), max(counts), device)
+        launch = kernels.prepare(Call(attention, new, past.to(device), count.to(device), cache, special))
         launch.run()
         for b, (p, n) in enumerate(zip(past.tolist(), counts, strict=True)):
             if n:
@@ -85,7 +75,7 @@ def check(
 
 
 def cases(sizes: Sequence[tuple[int, int]], window: int) -> Iterator[Attention]:
-    """Return every size, format and type, each with and without soft cap, decay and groups."""
+    """Return every size, format and type, plain, with all else that logits take, centered and rotated."""
     for (head, value), (bits, recent), dtype in itertools.product(
         sizes, FORMATS, (torch.float16, torch.bfloat16)
     ):
@@ -94,6 +84,10 @@ def cases(sizes: Sequence[tuple[int, int]], window: int) -> Iterator[Attention]:
         )
         yield one
         yield replace(one, softcap=5.0, decay=0.02, group=16 if bits else None)
+        if bits and 2 * head <= LARGEST_HEAD:
+            yield replace(one, angles=head)
+        if bits and head & (head - 1) == 0:
+            yield replace(one, rotated=True)
 
 
 def check_all(kernels: AttentionKernels) -> list[str]:
@@ -159,7 +153,8 @@ def measure_prefill(kernels: AttentionKernels, attention: Attention, tokens: int
         torch.zeros(1, dtype=torch.int32, device=device),
         torch.full((1,), tokens, device=device).int(),
     )
-    call = Call(attention, new, *lengths, attention.cache(1, device))
+    special = special_noise(attention, 1, tokens, device)
+    call = Call(attention, new, *lengths, attention.cache(1, device), special)
     others = causal_seconds(attention, new)
     ways = [("", kernels)]
     if kernels.has_warpgroups and max(attention.head_size, attention.value_size) in {64, 112, 128}:
@@ -178,7 +173,8 @@ def measure_decode(kernels: AttentionKernels, attention: Attention, batch: int) 
     cache = attention.cache(batch, device)
     for tensor in cache.values():
         tensor.random_(-100, 100) if tensor.dtype == torch.int8 else tensor.normal_()
-    seconds = {"kernel": median_seconds([kernels.prepare(Call(attention, new, *lengths, cache)).run])}
+    call = Call(attention, new, *lengths, cache, special_noise(attention, batch, 1, device))
+    seconds = {"kernel": median_seconds([kernels.prepare(call).run])}
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds["copy"] = median_seconds([partial(target.copy_, source)])
@@ -203,6 +199,11 @@ def measure(kernels: AttentionKernels) -> Iterator[Result]:
         if (head, bits, recent) != (128, None, 0):
             yield from measure_prefill(kernels, replace(case, window=4096), SHORT)
         if head != 128 or recent:
+            yield measure_decode(kernels, case, MANY_ROWS)
+    for head, bits in itertools.product((64, 128), (8, 4, 2)):
+        for special in ({"angles": head}, {"rotated": True}):
+            case = replace(usual, head_size=head, value_size=head, bits=bits, **special)
+            yield from measure_prefill(kernels, replace(case, window=4096), SHORT)
             yield measure_decode(kernels, case, MANY_ROWS)
 
 

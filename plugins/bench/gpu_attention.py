@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
+from structures import AttentionProblem
 
-from rotexport.streaming.oracle import quantize, visible
+from rotexport.streaming.oracle import quantize, ring_positions, visible
 
 TYPES = {torch.float16: 0, torch.bfloat16: 1}
 FORMATS = {None: 0, 8: 1, 4: 2, 2: 3}  # by bits of a code
 CACHE = ("sink_key", "sink_value", "window_key", "window_value", "window_key_scale", "window_value_scale")
 CACHE += ("recent_key", "recent_value")
 NEW = ("query", "query_sink", "key", "value")
+OTHERS = ("key_mean", "mean_query", "mean_angles", "signs")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Attention:
     softcap: float = 0.0
     decay: float = 0.0
     dtype: torch.dtype = torch.float16
+    angles: int = 0  # of the mean that keys are stored without
+    rotated: bool = False
 
     @property
     def query_heads(self) -> int:
@@ -50,7 +54,9 @@ class Attention:
     def form(self) -> str:
         """How the window is kept, in words."""
         kept = "float" if self.bits is None else f"int{self.bits}"
-        return f"{kept}, {self.recent} recent" if self.recent else kept
+        kept += f", {self.recent} recent" if self.recent else ""
+        kept += ", centered" if self.angles else ""
+        return f"{kept}, rotated" if self.rotated else kept
 
     def groups(self, size: int) -> int:
         """Return the number of groups of a head of `size` channels."""
@@ -84,7 +90,8 @@ class Attention:
     def cache_bytes_read(self, batch: int) -> int:
         """Return the bytes that decoding a token with a full cache must read, scales included."""
         tensors = self.cache(1, torch.device("meta"))
-        return batch * sum(t.nbytes for t in tensors.values())
+        angles = self.window * self.angles * self.dtype.itemsize
+        return batch * (sum(t.nbytes for t in tensors.values()) + angles)
 
     def expected(self, row: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the outputs [Hq, N, Dv] of one row's stream [heads, N, size] by dense algebra in float64."""
@@ -97,11 +104,18 @@ class Attention:
         key, value = (row[kind].double().repeat_interleave(self.repeat, 0) for kind in ("key", "value"))
         stored_key, stored_value = key, value
         if self.bits is not None:
+            centered = row["key"] - row["key_mean"] if self.angles else row["key"]
             stored_key, stored_value = (
-                quantize(t, self.bits, self.group or t.shape[-1], self.dtype).values() for t in (key, value)
+                quantize(
+                    t.repeat_interleave(self.repeat, 0), self.bits, self.group or t.shape[-1], self.dtype
+                ).values()
+                for t in (centered, row["value"])
             )
         query, query_sink = row["query"].double(), row["query_sink"].double()
-        products = torch.where(exact, query @ key.mT, query @ stored_key.mT)
+        stored = query @ stored_key.mT
+        if self.angles:
+            stored = stored + row["mean_query"].double() @ row["turns"].double().mT
+        products = torch.where(exact, query @ key.mT, stored)
         logits = self.scale * torch.where(is_sink, query_sink @ key.mT, products)
         if self.softcap > 0:
             logits = self.softcap * torch.tanh(logits / self.softcap)
@@ -111,6 +125,39 @@ class Attention:
         weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
         return (weights * exact) @ value + (weights * ~exact) @ stored_value
 
+    @property
+    def factor(self) -> float:
+        """What a rotation multiplies sums by, in float32."""
+        return float(1 / torch.tensor(float(self.head_size)).sqrt())
+
+    def signs(self, device: torch.device) -> torch.Tensor:
+        """Return what a rotation multiplies channels by first."""
+        return 1 - 2 * (torch.arange(self.head_size, device=device) % 3 == 1).to(self.dtype)
+
+    def turned(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x rotated and rounded; numbers of few bits, so that sums in float32 are exact."""
+        hadamard = torch.ones(1, 1, device=x.device)
+        while len(hadamard) < self.head_size:
+            hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], device=x.device), hadamard)
+        sums = (x * self.signs(x.device)).double() @ hadamard.double()
+        return (sums.float() * self.factor).to(self.dtype)
+
+    def angles_seen(self, turns: torch.Tensor, past: int, tokens: int) -> torch.Tensor:
+        """Return rows [window + tokens, R] of turns [N, R]: of the ring's slots, then of a call's tokens.
+
+        Slots and tokens that do not exist have NaN.
+        """
+        seen = torch.full_like(turns[:1], torch.nan).repeat(self.window + tokens, 1)
+        held = [
+            (slot, j) for slot, j in enumerate(ring_positions(past, self.sinks, self.window)) if j is not None
+        ]
+        if held:
+            slots, positions = torch.tensor(held, device=turns.device).T
+            seen[slots] = turns[positions]
+        fresh = turns[past : past + tokens]
+        seen[self.window : self.window + len(fresh)] = fresh
+        return seen
+
     def pairs(self, tokens: int) -> int:
         """Return how many (query, key) pairs a prompt of `tokens` tokens visits, per query head."""
         before = min(tokens, self.sinks + self.window)
@@ -118,21 +165,9 @@ class Attention:
         return before * (before + 1) // 2 + sliding * (self.sinks + self.window)
 
 
-class _Problem(ctypes.Structure):
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("format", ctypes.c_int),
-        *((name, ctypes.c_int64) for name in ("batch", "tokens", "query_heads", "kv_heads")),
-        *((name, ctypes.c_int64) for name in ("head_size", "value_size", "sinks", "window", "recent")),
-        *((name, ctypes.c_int64) for name in ("key_groups", "value_groups")),
-        ("scale", ctypes.c_float),
-        ("softcap", ctypes.c_float),
-    )
-
-
 class _Operands(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in (*NEW, "past_length", "new_length", "decay")),
+        *((name, ctypes.c_void_p) for name in (*NEW, "past_length", "new_length", "decay", *OTHERS)),
         ("cache", ctypes.c_void_p * len(CACHE)),
         ("present", ctypes.c_void_p * len(CACHE)),
         ("output", ctypes.c_void_p),
@@ -142,13 +177,17 @@ class _Operands(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Call:
-    """One call: new tensors [B, heads, S, size], lengths [B], and the cache, which it updates."""
+    """One call: new tensors [B, heads, S, size], lengths [B], and the cache, which it updates.
+
+    `others` are what only some operators take.
+    """
 
     attention: Attention
     new: dict[str, torch.Tensor]
     past_length: torch.Tensor
     new_length: torch.Tensor
     cache: dict[str, torch.Tensor]
+    others: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -181,21 +220,21 @@ class AttentionKernels:
         a = call.attention
         query, value = call.new["query"], call.new["value"]
         batch, _, tokens, _ = query.shape
-        problem = _Problem(
+        problem = AttentionProblem(
             *(TYPES[a.dtype], FORMATS[a.bits], batch, tokens, a.query_heads, a.kv_heads),
             *(a.head_size, a.value_size, a.sinks, a.window, a.recent),
-            *(a.groups(a.head_size), a.groups(a.value_size), a.scale, a.softcap),
+            *(a.groups(a.head_size), a.groups(a.value_size), a.angles, a.rotated, a.scale, a.softcap),
         )
         workspace_bytes = ctypes.c_size_t()
         self._call("attention_workspace", ctypes.byref(problem), ctypes.byref(workspace_bytes))
         output = torch.full((*query.shape[:3], value.shape[3]), torch.nan, dtype=a.dtype, device=query.device)
         workspace = torch.empty(max(workspace_bytes.value, 1), dtype=torch.uint8, device=query.device)
-        plain = call.new | {"past_length": call.past_length, "new_length": call.new_length}
+        plain = call.new | call.others | {"past_length": call.past_length, "new_length": call.new_length}
         plain |= {"decay": a.slopes(query.device), "output": output, "workspace": workspace}
         return Launch(output, partial(self._launch, problem, plain, call.cache))
 
     def _launch(
-        self, problem: _Problem, plain: dict[str, torch.Tensor], cache: dict[str, torch.Tensor]
+        self, problem: AttentionProblem, plain: dict[str, torch.Tensor], cache: dict[str, torch.Tensor]
     ) -> None:
         operands = _Operands(**{name: tensor.data_ptr() for name, tensor in plain.items()})
         for i, name in enumerate(CACHE):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from structures import HadamardProblem
 
 from rotexport.transforms.orders import base_matrix
 
@@ -19,18 +20,6 @@ PLUGINS = Path(__file__).resolve().parents[1]
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 CLIP = 0.9
 OUTPUTS = {"same": 0, "int8": 1, "int4": 2}
-
-
-class _Problem(ctypes.Structure):
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("output", ctypes.c_int),
-        ("rows", ctypes.c_int64),
-        ("row", ctypes.c_int64),
-        ("base_order", ctypes.c_int64),
-        ("sylvester_order", ctypes.c_int64),
-        ("clip", ctypes.c_float),
-    )
 
 
 class _Operands(ctypes.Structure):
@@ -103,14 +92,16 @@ class Kernels:
             "int4": lambda: torch.full((rows, row // 2), -77, dtype=torch.int8, device=x.device),
         }[output]()
         scale = torch.full((rows, 1), torch.nan, device=x.device)
-        problem = _Problem(TYPES[x.dtype], OUTPUTS[output], rows, row, transform.base, transform.power, CLIP)
+        problem = HadamardProblem(
+            TYPES[x.dtype], OUTPUTS[output], rows, row, transform.base, transform.power, CLIP
+        )
         workspace_bytes = ctypes.c_size_t()
         self._call("fast_hadamard_plan", ctypes.byref(problem), ctypes.byref(workspace_bytes))
         workspace = torch.empty(max(workspace_bytes.value, 1), dtype=torch.uint8, device=x.device)
         tensors = (x, signs, transform.table(x.device), y, scale, workspace)
         return Launch(y, scale, partial(self._launch, problem, tensors))
 
-    def _launch(self, problem: _Problem, tensors: tuple[torch.Tensor, ...]) -> None:
+    def _launch(self, problem: HadamardProblem, tensors: tuple[torch.Tensor, ...]) -> None:
         operands = _Operands(*(tensor.data_ptr() for tensor in tensors))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         self._call("fast_hadamard_run", ctypes.byref(problem), ctypes.byref(operands), stream)

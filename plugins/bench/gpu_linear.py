@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from gpu_kernels import TYPES
+from structures import LinearProblem
 
 FORMATS = {"W8A8": 0, "W4A8": 1, "W4A4": 2}
 ENDINGS = {"": 0, "residual": 1, "gate": 2}
@@ -18,15 +19,6 @@ OPERANDS = (
     *("x", "x_scale", "x_zero", "weight", "factors", "weight_scale"),
     *("weight_sum", "bias", "other", "y", "workspace"),
 )
-
-
-class _Problem(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int) for name in ("format", "type", "ending")),
-        *((name, ctypes.c_int64) for name in ("rows", "inputs", "outputs", "group", "groups", "row_scales")),
-        ("two_level", ctypes.c_bool),
-        ("asymmetric", ctypes.c_bool),
-    )
 
 
 class _Operands(ctypes.Structure):
@@ -87,12 +79,12 @@ class Linear:
         scales = self.groups * self.outputs * (1 if self.two_level else 4)
         return self.outputs * self.length * self.weight_bits // 8 + scales
 
-    def problem(self) -> _Problem:
+    def problem(self) -> LinearProblem:
         """Return the problem as the kernels take it."""
         group = self.group or self.length
         row_scales = self.groups if self.row_groups else 1
         sizes = (self.rows, self.inputs, self.outputs, group, self.groups, row_scales)
-        return _Problem(
+        return LinearProblem(
             FORMATS[self.form],
             TYPES[self.dtype],
             ENDINGS[self.ending],
@@ -206,7 +198,7 @@ class LinearKernels:
         tensors["y"] = y
         return Launch(y, partial(self._launch, problem, tensors))
 
-    def _launch(self, problem: _Problem, tensors: dict[str, torch.Tensor]) -> None:
+    def _launch(self, problem: LinearProblem, tensors: dict[str, torch.Tensor]) -> None:
         operands = _Operands(**{name: tensor.data_ptr() for name, tensor in tensors.items()})
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         self._call("quantized_linear_run", ctypes.byref(problem), ctypes.byref(operands), stream)

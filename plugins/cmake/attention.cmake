@@ -4,6 +4,7 @@ rotexport_add_unit(attention_run kernels/attention_run.cu)
 foreach(element device::Half device::BFloat16)
   string(REGEX REPLACE ".*::" "" short ${element})
   rotexport_add_unit(attention_cache_${short} kernels/attention_cache.cu ROTEXPORT_ELEMENT=${element})
+  rotexport_add_unit(attention_rows_${short} kernels/attention_rows.cu ROTEXPORT_ELEMENT=${element})
   foreach(size 64 128)  # on Hopper's warpgroups
     if(ROTEXPORT_DEVICE STREQUAL emulator OR "90a" IN_LIST ROTEXPORT_ARCHITECTURES)
       set(unit attention_warpgroup_${short}_${size})

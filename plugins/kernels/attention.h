@@ -12,7 +12,10 @@
 // tensors, other tokens in slot (j - sinks) mod window of a ring, as they are or as codes of 8, 4 or 2 bits
 // with a scale and a minimum per group of channels (graphs/QuantizeTokens.onnxtxt); window tokens of the same
 // call are then read as they will be stored. With `recent` > 0 tokens less than `recent` behind a query are
-// read in floating point, from a second ring.
+// read in floating point, from a second ring. With `angles` > 0 the ring holds keys minus `key_mean`, and to
+// the product of a query with a key of codes that of `mean_query` with the key's row of `mean_angles` is
+// added. With `rotated` queries and keys are transformed first: x becomes (signs x) H / sqrt(head_size), H
+// Sylvester's.
 //
 // Launches that read the cache come first; one last launch writes it, every slot at most once, so one buffer
 // may be cache and updated cache, and results do not depend on the order of blocks. Sums are taken in a fixed
@@ -24,7 +27,8 @@
 //
 //   (3 e + 2^-18 (1 + L)) V
 //
-// of the exact one; a code differs from the exact level's rounding only at ties.
+// of the exact one (of rotated queries and keys: rounded to T); a code differs from the exact level's
+// rounding only at ties.
 #pragma once
 
 #include <cstddef>
@@ -54,6 +58,8 @@ struct Problem {
   int64_t recent;        // 0: no second ring
   int64_t key_groups;    // of a head, for codes
   int64_t value_groups;  // of a head, for codes
+  int64_t angles;        // 0: keys are not centered
+  int64_t rotated;       // 0 or 1
   float scale;
   float softcap;  // 0: none
 };
@@ -78,7 +84,11 @@ struct Operands {
   const void* value;       // [batch, kv_heads, tokens, value_size]
   const int32_t* past_length;
   const int32_t* new_length;
-  const float* decay;  // [query_heads], not negative
+  const float* decay;       // [query_heads], not negative
+  const void* key_mean;     // [batch, kv_heads, tokens, head_size]
+  const void* mean_query;   // [batch, query_heads, tokens, angles]
+  const void* mean_angles;  // [batch, window + tokens, angles]: of the ring's slots, then of the tokens
+  const void* signs;        // [head_size]
   Cache cache;
   Cache present;  // the cache after the call: the same buffers, or others
   void* output;   // [batch, query_heads, tokens, value_size]
@@ -102,6 +112,8 @@ struct Geometry {
   int value_group;
   int key_groups;
   int value_groups;
+  int angles;
+  int key_row;            // channels of queries and keys that prefill reads
   int key_group_inverse;  // channel * inverse >> 16 is channel / group
   int value_group_inverse;
   float scale;
@@ -121,6 +133,8 @@ struct Plan {
   unsigned shared_bytes;
   size_t weights_offset;  // in the workspace: maxima and sums of partial results
   size_t values_offset;   // in the workspace: staged values
+  size_t means_offset;    // in the workspace: products with the mean key
+  size_t rows_offset;     // in the workspace: queries and keys as attention reads them
   size_t workspace_bytes;
 };
 

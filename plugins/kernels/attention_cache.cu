@@ -13,6 +13,8 @@ CacheOperands<Element> views_of(const Plan& plan, const Operands& operands) {
   CacheOperands<Element> views = {};
   views.key = static_cast<const Element*>(operands.key);
   views.value = static_cast<const Element*>(operands.value);
+  views.key_mean = static_cast<const Element*>(operands.key_mean);
+  views.mean_angles = static_cast<const Element*>(operands.mean_angles);
   views.past_length = operands.past_length;
   views.new_length = operands.new_length;
   views.cache = operands.present;

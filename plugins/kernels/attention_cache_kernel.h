@@ -14,10 +14,12 @@ template <class Element>
 struct CacheOperands {
   const Element* key;
   const Element* value;
+  const Element* key_mean;     // nullptr: keys are not centered
+  const Element* mean_angles;  // behind the channels of staged keys
   const int32_t* past_length;
   const int32_t* new_length;
   Cache cache;
-  Element* staged[2];  // keys, values: [batch, kv_heads, window, size], then [batch, kv_heads, tokens, size]
+  Element* staged[2];  // keys, values: [batch, kv_heads, window, row], then [batch, kv_heads, tokens, row]
   const float* sums;
   const float* weights;
   Element* output;
@@ -46,15 +48,6 @@ ROTEXPORT_DEVICE Errand errand_of(const Geometry& g, int64_t number, int items) 
 
 ROTEXPORT_DEVICE int64_t warp_number() {
   return static_cast<int64_t>(device::block_index()) * kCacheWarps + device::thread_index() / 32;
-}
-
-// A lane's channels, packed again.
-template <class Element>
-ROTEXPORT_DEVICE Vector<uint32_t, 4> pack_channels(const float (&x)[kLaneChannels]) {
-  Vector<uint32_t, 4> words;
-  ROTEXPORT_UNROLL
-  for (int i = 0; i < 4; ++i) words.values[i] = device::pack<Element>(x[2 * i], x[2 * i + 1]);
-  return words;
 }
 
 // A lane's codes with the scale of their group, as values.
@@ -96,8 +89,10 @@ ROTEXPORT_KERNEL void __launch_bounds__(kCacheThreads)
   const Errand errand = errand_of(g, number, g.window + g.tokens);
   const Row row = load_row(operands.past_length, operands.new_length, errand.batch, g.tokens);
   const int width = errand.value ? g.value_size : g.head_size;
+  const int staged_width = errand.value ? g.value_size : g.key_row;
   const int group = errand.value ? g.value_group : g.key_group;
   Element* staged = operands.staged[errand.value ? 1 : 0];
+  const int channel = lane * kLaneChannels;
   float x[kLaneChannels];
   int64_t to;
   if (errand.item < g.window) {
@@ -106,26 +101,31 @@ ROTEXPORT_KERNEL void __launch_bounds__(kCacheThreads)
     to = errand.cache_head * g.window + errand.item;
     const void* codes = errand.value ? operands.cache.window_value : operands.cache.window_key;
     const void* scales = errand.value ? operands.cache.window_value_scale : operands.cache.window_key_scale;
-    if (lane * kLaneChannels >= width) return;
-    LaneCodes held = load_codes<kFormat>(
-        device::Global<const char>(static_cast<const char*>(codes)).from(to * width * bits_of(kFormat) / 8),
-        lane);
-    held.scale = device::Global<const uint32_t>(static_cast<const uint32_t*>(scales))
-                     .from(to * groups)
-                     .template load<uint32_t>(lane * kLaneChannels / group);
-    widen_channels<Element, kFormat>(x, held);
+    if (channel < width) {
+      LaneCodes held = load_codes<kFormat>(
+          device::Global<const char>(static_cast<const char*>(codes)).from(to * width * bits_of(kFormat) / 8),
+          lane);
+      held.scale = device::Global<const uint32_t>(static_cast<const uint32_t*>(scales))
+                       .from(to * groups)
+                       .template load<uint32_t>(channel / group);
+      widen_channels<Element, kFormat>(x, held);
+    }
   } else {
     const int token = errand.item - g.window;
     if (token >= row.fresh) return;
     const int64_t from = errand.cache_head * g.tokens + token;
     to = static_cast<int64_t>(g.batch) * g.kv_heads * g.window + from;
-    const Element* tensor = errand.value ? operands.value : operands.key;
-    load_channels(x, device::Global<const Element>(tensor + from * width), lane, width);
+    load_centered(x, errand.value ? operands.value : operands.key, errand.value ? nullptr : operands.key_mean,
+                  from, lane, width);
     const LaneCodes made = quantize<Element, kFormat>(x, lane, group);
     widen_channels<Element, kFormat>(x, made);
   }
-  if (lane * kLaneChannels < width) {
-    device::Global<Element>(staged).from(to * width).store(lane * kLaneChannels, pack_channels<Element>(x));
+  const device::Global<Element> written = device::Global<Element>(staged).from(to * staged_width);
+  if (channel < width) {
+    written.store(channel, pack_channels<Element>(x));
+  } else if (channel < staged_width) {
+    const int64_t angles = int64_t{errand.batch} * (g.window + g.tokens) + errand.item;
+    written.store(channel, load_loose(operands.mean_angles + angles * g.angles, channel - width, g.angles));
   }
 }
 
@@ -271,7 +271,9 @@ class Update {
     const int group = errand.value ? g_.value_group : g_.key_group;
     const int groups = errand.value ? g_.value_groups : g_.key_groups;
     float x[kLaneChannels];
-    load_channels(x, token_of(errand, token), lane(), width);
+    load_centered(x, errand.value ? operands_.value : operands_.key,
+                  errand.value ? nullptr : operands_.key_mean, errand.cache_head * g_.tokens + token, lane(),
+                  width);
     const LaneCodes made = quantize<Element, kFormat>(x, lane(), group);
     const int channel = lane() * kLaneChannels;
     if (channel >= width) return;

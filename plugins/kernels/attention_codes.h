@@ -122,6 +122,44 @@ ROTEXPORT_DEVICE void load_channels(float (&x)[kLaneChannels], const device::Glo
   }
 }
 
+// The same of row `index` of `tokens`, minus that of `means` if there are some, rounded to Element.
+template <class Element>
+ROTEXPORT_DEVICE void load_centered(float (&x)[kLaneChannels], const Element* tokens, const Element* means,
+                                    int64_t index, int lane, int width) {
+  load_channels(x, device::Global<const Element>(tokens + index * width), lane, width);
+  if (means == nullptr) return;
+  float mean[kLaneChannels];
+  load_channels(mean, device::Global<const Element>(means + index * width), lane, width);
+  ROTEXPORT_UNROLL
+  for (int i = 0; i < kLaneChannels; i += 2) {
+    const uint32_t pair = device::pack<Element>(x[i] - mean[i], x[i + 1] - mean[i + 1]);
+    x[i] = device::low_of<Element>(pair);
+    x[i + 1] = device::high_of<Element>(pair);
+  }
+}
+
+// Eight elements of a row of `count`, from `first` on, wherever it lies; zeros behind its end.
+template <class Element>
+ROTEXPORT_DEVICE Vector<uint32_t, 4> load_loose(const Element* row, int first, int count) {
+  const device::Global<const Element> from(row);
+  Vector<uint32_t, 4> words = {};
+  ROTEXPORT_UNROLL
+  for (int i = 0; i < kLaneChannels; ++i) {
+    if (first + i >= count) continue;
+    words.values[i / 2] |= uint32_t{from.template load<uint16_t>(first + i)} << 16 * (i % 2);
+  }
+  return words;
+}
+
+// A lane's channels, packed again.
+template <class Element>
+ROTEXPORT_DEVICE Vector<uint32_t, 4> pack_channels(const float (&x)[kLaneChannels]) {
+  Vector<uint32_t, 4> words;
+  ROTEXPORT_UNROLL
+  for (int i = 0; i < 4; ++i) words.values[i] = device::pack<Element>(x[2 * i], x[2 * i + 1]);
+  return words;
+}
+
 // Stores a lane's codes at `bytes`, where the token's codes begin.
 template <Format kFormat, class View>
 ROTEXPORT_DEVICE void store_codes(const View& bytes, unsigned start, const LaneCodes& made, int lane) {

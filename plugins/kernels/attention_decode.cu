@@ -19,6 +19,10 @@ Status launch_decode(const Plan& plan, const Operands& operands, void* opaque_st
   views.past_length = operands.past_length;
   views.new_length = operands.new_length;
   views.decay = operands.decay;
+  if (g.angles > 0) {
+    views.key_mean = static_cast<const Element*>(operands.key_mean);
+    views.means = reinterpret_cast<const float*>(workspace + plan.means_offset);
+  }
   views.cache = operands.present;
   views.sums = reinterpret_cast<float*>(workspace);
   views.weights = reinterpret_cast<float*>(workspace + plan.weights_offset);

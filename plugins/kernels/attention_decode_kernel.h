@@ -39,6 +39,8 @@ struct DecodeOperands {
   const int32_t* past_length;
   const int32_t* new_length;
   const float* decay;
+  const Element* key_mean;  // nullptr: keys are not centered
+  const float* means;       // products of queries with the mean keys: see attention_mean_kernel.h
   Cache cache;
   float* sums;     // [rows, splits, value size], not yet divided by
   float* weights;  // [rows, splits, 2]: maximum and sum
@@ -50,6 +52,7 @@ struct Side {
   const char* slots;
   const char* scales;
   const Element* fresh;
+  const Element* mean;  // of fresh keys
   int width;
   int group;
   int groups;
@@ -163,6 +166,7 @@ class Decode {
     if (part == kNear && kCoded) side.slots = as_bytes(value ? c.recent_value : c.recent_key);
     side.scales = as_bytes(value ? c.window_value_scale : c.window_key_scale);
     side.fresh = value ? operands_.value : operands_.key;
+    side.mean = value ? nullptr : operands_.key_mean;
     side.width = value ? g_.value_size : g_.head_size;
     side.group = value ? g_.value_group : g_.key_group;
     side.groups = value ? g_.value_groups : g_.key_groups;
@@ -281,9 +285,9 @@ class Decode {
   ROTEXPORT_DEVICE void quantize_token(const Side<Element>& from, int token, unsigned to,
                                        unsigned scale_to) const {
     if constexpr (kCoded) {
-      const Element* row = from.fresh + (int64_t{cache_head()} * g_.tokens + token) * from.width;
       float x[kLaneChannels];
-      load_channels(x, device::Global<const Element>(row), lane(), from.width);
+      const int64_t index = int64_t{cache_head()} * g_.tokens + token;
+      load_centered(x, from.fresh, from.mean, index, lane(), from.width);
       const LaneCodes made = quantize<Element, Traits::kFormat>(x, lane(), from.group);
       const int channel = lane() * kLaneChannels;
       if (channel >= from.width) return;
@@ -292,17 +296,21 @@ class Decode {
     }
   }
 
+  // Index of one of the block's rows among all queries: rows behind the last one repeat it.
+  ROTEXPORT_DEVICE int64_t query_row(int row) const {
+    const int last_row = (last_query_ - row_.past + 1) * g_.repeat - 1;
+    const int packed = first_row() + row < last_row ? first_row() + row : last_row;
+    const int64_t head = int64_t{cache_head()} * g_.repeat + packed % g_.repeat;
+    return head * g_.tokens + packed / g_.repeat;
+  }
+
   // The queries' channels in the order in which keys of the part are widened.
   ROTEXPORT_DEVICE void load_queries(Part part) {
     device::Global<const Element> rows[2];
     const Element* from = part == kSinks ? operands_.query_sink : operands_.query;
-    const int last_row = (last_query_ - row_.past + 1) * g_.repeat - 1;
     ROTEXPORT_UNROLL
     for (int r = 0; r < 2; ++r) {
-      const int row = first_row() + 8 * r + lane() / 4;
-      const int packed = row < last_row ? row : last_row;
-      const int64_t head = int64_t{cache_head()} * g_.repeat + packed % g_.repeat;
-      rows[r] = device::Global<const Element>(from + (head * g_.tokens + packed / g_.repeat) * g_.head_size);
+      rows[r] = device::Global<const Element>(from + query_row(8 * r + lane() / 4) * g_.head_size);
     }
     ROTEXPORT_UNROLL
     for (int u = 0; u < Traits::kUnits; ++u) {
@@ -362,16 +370,40 @@ class Decode {
     const int first = range.first + (tile - first_tile(part)) * tile_keys(kFormat);
     ROTEXPORT_ROLL
     for (int slice = 0; slice < tile_keys(kFormat) && first + slice <= range.last; slice += 16) {
+      start_products<kFormat>(first + slice);
       multiply_keys<kFormat>(stage, slice);
       weigh(part, range, first + slice);
       multiply_values<kFormat>(stage, slice);
     }
   }
 
+  // Zero, or what the mean of centered keys adds.
   template <Format kFormat>
-  ROTEXPORT_DEVICE void multiply_keys(int stage, int slice) {
+  ROTEXPORT_DEVICE void start_products(int first) {
     ROTEXPORT_UNROLL
     for (int i = 0; i < 8; ++i) products_[i / 4][i % 4] = 0;
+    if constexpr (kFormat != Format::kFloat) {
+      if (operands_.means == nullptr) return;
+      const int rows = g_.tokens * g_.repeat;
+      const int own = first_row() + lane() / 4;
+      const auto products = device::Global<const float>(operands_.means)
+                                .from((int64_t{cache_head()} * rows + own) * mean_row(g_));
+      const int key = first - row_.past + g_.window + lane() % 4 * 2;
+      ROTEXPORT_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        if (own + 8 * half >= rows) continue;
+        ROTEXPORT_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          products_[i / 2][i % 2 + 2 * half] =
+              products.template load<float>(8 * half * mean_row(g_) + key + 8 * (i / 2) + i % 2);
+        }
+      }
+    }
+  }
+
+  // Adds to products_.
+  template <Format kFormat>
+  ROTEXPORT_DEVICE void multiply_keys(int stage, int slice) {
     ROTEXPORT_UNROLL_BY(Traits::kQueriesShared ? 1 : Traits::kUnits)
     for (int u = 0; u < Traits::kUnits; ++u) {
       if (32 * u >= g_.head_size) continue;

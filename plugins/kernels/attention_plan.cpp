@@ -35,6 +35,24 @@ Status check_groups(const char* name, int64_t groups, int64_t size) {
               " channels: the kernel needs groups of a multiple of 16 channels");
 }
 
+int64_t extended_size(const Problem& p) { return p.head_size + ceil_div(p.angles, 16) * 16; }
+
+Status check_rows(const Problem& p) {
+  if ((p.angles > 0 || p.rotated) && p.format == Format::kFloat) {
+    return fail("centered and rotated keys are for windows of codes");
+  }
+  if (p.angles < 0 || extended_size(p) > kLargestHead) {
+    return fail(std::to_string(p.angles) + " angles of a head of " + std::to_string(p.head_size) +
+                " channels: the kernel needs at most " + std::to_string(kLargestHead) + " of both");
+  }
+  if (p.rotated && p.angles > 0) return fail("keys are either rotated or centered");
+  if (p.rotated && (p.head_size & (p.head_size - 1)) != 0) {
+    return fail("head_size is " + std::to_string(p.head_size) +
+                ", the kernel rotates heads of a power of two channels");
+  }
+  return {};
+}
+
 int smallest_of(const int (&sizes)[5], int size) {
   return *std::find_if(std::begin(sizes), std::end(sizes), [size](int padded) { return padded >= size; });
 }
@@ -70,6 +88,7 @@ Status check(const Problem& p) {
                 std::to_string(p.window));
   }
   if (p.recent > 0 && p.format == Format::kFloat) return fail("recent is for windows of codes");
+  if (const Status status = check_rows(p); !status) return status;
   if (!(p.scale > 0)) return fail("scale is " + std::to_string(p.scale) + ", must be positive");
   if (!(p.softcap >= 0)) return fail("softcap is " + std::to_string(p.softcap) + ", must not be negative");
   if (p.format != Format::kFloat) {
@@ -106,6 +125,8 @@ void describe(const Problem& p, Geometry& g) {
   g.value_groups = static_cast<int>(p.format == Format::kFloat ? 1 : p.value_groups);
   g.key_group = g.head_size / g.key_groups;
   g.value_group = g.value_size / g.value_groups;
+  g.angles = static_cast<int>(p.angles);
+  g.key_row = static_cast<int>(extended_size(p));
   g.key_group_inverse = static_cast<int>(ceil_div(65536, g.key_group));
   g.value_group_inverse = static_cast<int>(ceil_div(65536, g.value_group));
   g.scale = p.scale;
@@ -114,13 +135,22 @@ void describe(const Problem& p, Geometry& g) {
 
 void plan_prefill(const Problem& p, Plan& plan) {
   Geometry& g = plan.geometry;
-  plan.size = smallest_of({64, 80, 96, 128, 256}, std::max(g.head_size, g.value_size));
+  plan.size = smallest_of({64, 80, 96, 128, 256}, std::max(g.key_row, g.value_size));
   g.row_tiles = static_cast<int>(ceil_div(p.tokens * g.repeat, prefill_rows(plan.size)));
   g.splits = 1;
   if (p.format == Format::kFloat) return;
   const int64_t staged = p.batch * p.kv_heads * (p.window + p.tokens) * 2;
-  plan.values_offset = aligned(staged * p.head_size);
+  plan.values_offset = aligned(staged * g.key_row);
   plan.workspace_bytes = plan.values_offset + aligned(staged * p.value_size);
+}
+
+// Behind what else is in the workspace.
+void plan_rows(const Problem& p, Plan& plan) {
+  plan.rows_offset = plan.workspace_bytes;
+  if (!arranges_rows(plan)) return;
+  const int64_t cached = extends_rows(plan) ? plan.geometry.sink_slots + p.recent : 0;
+  const int64_t rows = 2 * p.query_heads * p.tokens + p.kv_heads * (p.tokens + cached);
+  plan.workspace_bytes += aligned(p.batch * rows * arranged_width(plan) * 2);
 }
 
 // With less than a block's rows, or few tiles to copy ahead, there is little that warpgroups could overlap.
@@ -146,7 +176,9 @@ void plan_decode(const Problem& p, Plan& plan) {
   plan.shared_bytes = static_cast<unsigned>(decode_shared_bytes(p));
   const int64_t parts = p.batch * p.kv_heads * rows * g.splits;
   plan.weights_offset = aligned(parts * p.value_size * static_cast<int64_t>(sizeof(float)));
-  plan.workspace_bytes = plan.weights_offset + aligned(parts * 2 * static_cast<int64_t>(sizeof(float)));
+  plan.means_offset = plan.weights_offset + aligned(parts * 2 * static_cast<int64_t>(sizeof(float)));
+  const int64_t means = p.angles > 0 ? p.batch * p.query_heads * p.tokens * mean_row(g) : 0;
+  plan.workspace_bytes = plan.means_offset + aligned(means * static_cast<int64_t>(sizeof(float)));
 }
 
 }  // namespace
@@ -161,6 +193,7 @@ Status make_plan(const Problem& problem, bool warpgroups, Plan& plan) {
   plan.decodes = problem.tokens <= kMostDecodedTokens;
   describe(problem, plan.geometry);
   plan.decodes ? plan_decode(problem, plan) : plan_prefill(problem, plan);
+  plan_rows(problem, plan);
   plan.on_warpgroups = warpgroups && warpgroups_take(plan) && fills_warpgroups(problem, plan);
   return {};
 }

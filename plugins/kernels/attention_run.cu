@@ -1,4 +1,5 @@
 #include "kernels/attention_launch.h"
+#include "kernels/attention_sizes.h"
 #include "kernels/device.h"
 
 namespace sink_window_attention {
@@ -27,19 +28,30 @@ Status run_prefill(const Plan& plan, const Operands& operands, void* stream) {
   return {"SinkWindowAttention: the plan names a size that was not compiled"};
 }
 
+// Prefill's plan for rows that go on behind the head's channels.
+Plan extended(const Plan& plan) {
+  Plan wide = plan;
+  wide.geometry.head_size = plan.geometry.key_row;
+  return wide;
+}
+
 template <class Element, Format kFormat>
-Status run_with(const Plan& plan, const Operands& operands, void* stream) {
+Status run_with(const Plan& plan, const Operands& given, void* stream) {
+  Operands read = given;  // what attention reads
   Status status;
-  if (plan.decodes) {
-    status = launch_decode<Element, kFormat>(plan, operands, stream);
-  } else {
+  if (arranges_rows(plan)) status = launch_rows<Element>(plan, given, read, stream);
+  const Operands& stored = plan.problem.rotated ? read : given;
+  if (status && plan.decodes) {
+    if (plan.problem.angles > 0) status = launch_means<Element>(plan, given, stream);
+    if (status) status = launch_decode<Element, kFormat>(plan, read, stream);
+  } else if (status) {
     if constexpr (kFormat != Format::kFloat) {
-      status = launch_stage<Element, kFormat>(plan, operands, stream);
+      status = launch_stage<Element, kFormat>(plan, stored, stream);
     }
-    if (status) status = run_prefill<Element>(plan, operands, stream);
+    if (status) status = run_prefill<Element>(extended(plan), read, stream);
   }
   // The only launch that writes the cache comes last.
-  return status ? launch_finish<Element, kFormat>(plan, operands, stream) : status;
+  return status ? launch_finish<Element, kFormat>(plan, stored, stream) : status;
 }
 
 template <class Element>

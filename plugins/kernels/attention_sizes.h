@@ -34,6 +34,19 @@ constexpr int tile_bytes(int size, Format format, int groups) {
   return tile_keys(format) * (2 * key_stride(size, format) + 4 * groups);
 }
 
+// Decoding from centered keys: a row of products with mean keys is in the order of positions, from `window`
+// before the call on. Behind it is room for what a slice of keys takes beyond the last one.
+constexpr int kMeanKeys = 16;
+constexpr int mean_tiles(const Geometry& g) { return (g.window + g.tokens + 2 * kMeanKeys - 2) / kMeanKeys; }
+constexpr int mean_row(const Geometry& g) { return mean_tiles(g) * kMeanKeys; }
+
+// Whether attention reads queries and keys from the workspace, and how many channels they have there.
+constexpr bool extends_rows(const Plan& plan) { return plan.problem.angles > 0 && !plan.decodes; }
+constexpr bool arranges_rows(const Plan& plan) { return plan.problem.rotated != 0 || extends_rows(plan); }
+constexpr int arranged_width(const Plan& plan) {
+  return extends_rows(plan) ? plan.geometry.key_row : plan.geometry.head_size;
+}
+
 // How many of a call's tokens a ring of `slots` takes, at most.
 constexpr int ring_items(int tokens, int slots) { return tokens < slots ? tokens : slots; }
 

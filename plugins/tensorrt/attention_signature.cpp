@@ -1,111 +1,246 @@
 #include "tensorrt/attention_signature.h"
 
 #include <algorithm>
+#include <iterator>
 
-#include "tensorrt/plugin.h"
+#include "tensorrt/shapes.h"
 
 namespace rotexport {
 namespace {
 
+using nvinfer1::DataType;
+using sink_window_attention::Cache;
 using sink_window_attention::Format;
+using sink_window_attention::Operands;
 using sink_window_attention::Problem;
+using Input = AttentionInput;
 
-std::string text(const std::vector<int64_t>& shape) {
-  std::string result = "[";
-  for (size_t i = 0; i < shape.size(); ++i) result += (i ? ", " : "") + std::to_string(shape[i]);
-  return result + "]";
+constexpr AttentionForm kForms[kAttentionForms] = {
+    {"SinkWindowAttention", Format::kFloat, false, false, false},
+    {"SinkWindowAttentionInt8", Format::kInt8, false, false, false},
+    {"SinkWindowAttentionInt8Recent", Format::kInt8, false, true, false},
+    {"SinkWindowAttentionInt8Centered", Format::kInt8, true, false, false},
+    {"SinkWindowAttentionInt8CenteredRecent", Format::kInt8, true, true, false},
+    {"SinkWindowAttentionInt8Rotated", Format::kInt8, false, false, true},
+    {"SinkWindowAttentionInt8RecentRotated", Format::kInt8, false, true, true},
+    {"SinkWindowAttentionInt4", Format::kInt4, false, false, false},
+    {"SinkWindowAttentionInt4Recent", Format::kInt4, false, true, false},
+    {"SinkWindowAttentionInt4Centered", Format::kInt4, true, false, false},
+    {"SinkWindowAttentionInt4CenteredRecent", Format::kInt4, true, true, false},
+    {"SinkWindowAttentionInt4Rotated", Format::kInt4, false, false, true},
+    {"SinkWindowAttentionInt4RecentRotated", Format::kInt4, false, true, true},
+    {"SinkWindowAttentionInt2", Format::kInt2, false, false, false},
+    {"SinkWindowAttentionInt2Recent", Format::kInt2, false, true, false},
+    {"SinkWindowAttentionInt2Centered", Format::kInt2, true, false, false},
+    {"SinkWindowAttentionInt2CenteredRecent", Format::kInt2, true, true, false},
+    {"SinkWindowAttentionInt2Rotated", Format::kInt2, false, false, true},
+    {"SinkWindowAttentionInt2RecentRotated", Format::kInt2, false, true, true},
+};
+
+// What a tensor's elements are.
+enum class Elements { kActivation, kWindow, kInt8, kInt64, kInt32, kFloat };
+
+struct Facts {
+  const char* name;
+  Elements elements;
+  int32_t rank;
+};
+
+constexpr Facts kFacts[] = {
+    {"positions", Elements::kInt64, 2},
+    {"query", Elements::kActivation, 4},
+    {"query_sink", Elements::kActivation, 4},
+    {"key", Elements::kActivation, 4},
+    {"value", Elements::kActivation, 4},
+    {"past_length", Elements::kInt32, 1},
+    {"new_length", Elements::kInt32, 1},
+    {"decay", Elements::kFloat, 1},
+    {"key_mean", Elements::kActivation, 4},
+    {"mean_query", Elements::kActivation, 4},
+    {"mean_angles", Elements::kActivation, 3},
+    {"sink_key", Elements::kActivation, 4},
+    {"sink_value", Elements::kActivation, 4},
+    {"window_key", Elements::kWindow, 4},
+    {"window_value", Elements::kWindow, 4},
+    {"window_key_scale", Elements::kActivation, 5},
+    {"window_value_scale", Elements::kActivation, 5},
+    {"recent_key", Elements::kActivation, 4},
+    {"recent_value", Elements::kActivation, 4},
+    {"signs", Elements::kActivation, 1},
+    {"base", Elements::kInt8, 2},
+    {"hi", Elements::kInt8, 2},
+    {"lo", Elements::kInt8, 2},
+};
+
+const Facts& facts_of(Input input) { return kFacts[static_cast<int>(input)]; }
+
+bool has(const AttentionForm& form, Input input) {
+  if (input >= Input::kSigns) return form.rotated;
+  if (input >= Input::kRecentKey) return form.recent;
+  if (input >= Input::kWindowKeyScale) return form.format != Format::kFloat;
+  if (input >= Input::kSinkKey) return true;
+  return input < Input::kKeyMean || form.centered;
 }
 
-int bits_of(Format format) { return format == Format::kInt8 ? 8 : format == Format::kInt4 ? 4 : 2; }
+// Channels of codes to a byte.
+int64_t per_byte(Format format) { return format == Format::kInt8 ? 1 : format == Format::kInt4 ? 2 : 4; }
 
-// The shape of an input, in the order of attention_inputs.
-std::vector<int64_t> expected_shape(const Problem& p, int32_t input) {
-  const int64_t sizes[2] = {p.head_size, p.value_size};
-  const int64_t groups[2] = {p.key_groups, p.value_groups};
-  const int side = input % 2;  // of the cache's tensors, which come in pairs of keys and values
-  const bool coded = p.format != Format::kFloat;
-  switch (input) {
-    case kPositions:
-      return {p.batch, p.tokens};
-    case kQuery:
-    case kQuerySink:
-      return {p.batch, p.query_heads, p.tokens, p.head_size};
-    case kKey:
-      return {p.batch, p.kv_heads, p.tokens, p.head_size};
-    case kValue:
-      return {p.batch, p.kv_heads, p.tokens, p.value_size};
-    case kPastLength:
-    case kNewLength:
-      return {p.batch};
-    case kDecay:
-      return {p.query_heads};
-    case kCacheInputs:
-    case kCacheInputs + 1:
-      return {p.batch, p.kv_heads, std::max<int64_t>(p.sinks, 1), sizes[side]};
-    case kCacheInputs + 2:
-    case kCacheInputs + 3:
-      return {p.batch, p.kv_heads, p.window, coded ? sizes[side] * bits_of(p.format) / 8 : sizes[side]};
-    case kCacheInputs + 4:
-    case kCacheInputs + 5:
-      return {p.batch, p.kv_heads, p.window, groups[side], 2};
-    default:
-      return {p.batch, p.kv_heads, p.recent, sizes[side]};
-  }
+std::string text(const std::vector<int64_t>& shape) {
+  nvinfer1::Dims dims{static_cast<int32_t>(shape.size()), {}};
+  std::copy(shape.begin(), shape.end(), dims.d);
+  return rotexport::text(dims);
+}
+
+// The members of a cache, in the order of the inputs.
+std::vector<void**> members(Cache& cache) {
+  return {&cache.sink_key,         &cache.sink_value,         &cache.window_key, &cache.window_value,
+          &cache.window_key_scale, &cache.window_value_scale, &cache.recent_key, &cache.recent_value};
 }
 
 }  // namespace
 
-std::vector<InputSignature> attention_inputs(Format format, bool recent) {
-  const bool coded = format != Format::kFloat;
-  const ElementKind window = coded ? ElementKind::kCodes : ElementKind::kActivation;
-  std::vector<InputSignature> inputs = {
-      {"positions", ElementKind::kInt64, 2},
-      {"query", ElementKind::kActivation, 4},
-      {"query_sink", ElementKind::kActivation, 4},
-      {"key", ElementKind::kActivation, 4},
-      {"value", ElementKind::kActivation, 4},
-      {"past_length", ElementKind::kInt32, 1},
-      {"new_length", ElementKind::kInt32, 1},
-      {"decay", ElementKind::kFloat, 1},
-      {"sink_key", ElementKind::kActivation, 4},
-      {"sink_value", ElementKind::kActivation, 4},
-      {"window_key", window, 4},
-      {"window_value", window, 4},
-  };
-  if (coded) {
-    inputs.push_back({"window_key_scale", ElementKind::kActivation, 5});
-    inputs.push_back({"window_value_scale", ElementKind::kActivation, 5});
+const AttentionForm& attention_form(int index) { return kForms[index]; }
+
+AttentionSignature::AttentionSignature(int form) : form_(kForms[form]) {
+  for (size_t i = 0; i < std::size(kFacts); ++i) {
+    if (has(form_, static_cast<Input>(i))) inputs_.push_back(static_cast<Input>(i));
   }
-  if (recent) {
-    inputs.push_back({"recent_key", ElementKind::kActivation, 4});
-    inputs.push_back({"recent_value", ElementKind::kActivation, 4});
-  }
-  return inputs;
 }
 
-void read_shapes(const nvinfer1::Dims* shapes, const std::vector<InputSignature>& inputs, Problem& problem) {
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    if (shapes[i].nbDims != inputs[i].rank) {
-      throw PluginError{std::string("input '") + inputs[i].name + "' has " +
-                        std::to_string(shapes[i].nbDims) + " axes, must have " +
-                        std::to_string(inputs[i].rank)};
-    }
+int32_t AttentionSignature::index(Input input) const {
+  const auto found = std::find(inputs_.begin(), inputs_.end(), input);
+  return found == inputs_.end() ? -1 : static_cast<int32_t>(found - inputs_.begin());
+}
+
+const char* AttentionSignature::name(int32_t i) const { return facts_of(inputs_[i]).name; }
+
+int32_t AttentionSignature::cached() const {
+  return 4 + (form_.format == Format::kFloat ? 0 : 2) + (form_.recent ? 2 : 0);
+}
+
+DataType AttentionSignature::type(int32_t i, DataType activation) const {
+  switch (facts_of(inputs_[i]).elements) {
+    case Elements::kWindow:
+      return form_.format == Format::kFloat ? activation : DataType::kINT8;
+    case Elements::kInt8:
+      return DataType::kINT8;
+    case Elements::kInt64:
+      return DataType::kINT64;
+    case Elements::kInt32:
+      return DataType::kINT32;
+    case Elements::kFloat:
+      return DataType::kFLOAT;
+    default:
+      return activation;
   }
-  problem.batch = shapes[kQuery].d[0];
-  problem.tokens = shapes[kQuery].d[2];
+}
+
+void AttentionSignature::require_rank(int32_t i, int32_t rank) const {
+  if (rank == facts_of(inputs_[i]).rank) return;
+  throw PluginError{std::string("input '") + name(i) + "' has " + std::to_string(rank) + " axes, must have " +
+                    std::to_string(facts_of(inputs_[i]).rank)};
+}
+
+std::vector<int64_t> AttentionSignature::expected_shape(int32_t i, const Problem& p) const {
+  const bool value = i % 2 != first_cached() % 2;  // of the cache's pairs
+  const int64_t size = value ? p.value_size : p.head_size;
+  switch (inputs_[i]) {
+    case Input::kPositions:
+      return {p.batch, p.tokens};
+    case Input::kQuery:
+    case Input::kQuerySink:
+      return {p.batch, p.query_heads, p.tokens, p.head_size};
+    case Input::kKey:
+    case Input::kKeyMean:
+      return {p.batch, p.kv_heads, p.tokens, p.head_size};
+    case Input::kValue:
+      return {p.batch, p.kv_heads, p.tokens, p.value_size};
+    case Input::kPastLength:
+    case Input::kNewLength:
+      return {p.batch};
+    case Input::kDecay:
+      return {p.query_heads};
+    case Input::kMeanQuery:
+      return {p.batch, p.query_heads, p.tokens, p.angles};
+    case Input::kMeanAngles:
+      return {p.batch, p.window + p.tokens, p.angles};
+    case Input::kSinkKey:
+    case Input::kSinkValue:
+      return {p.batch, p.kv_heads, std::max<int64_t>(p.sinks, 1), size};
+    case Input::kWindowKey:
+    case Input::kWindowValue:
+      return {p.batch, p.kv_heads, p.window, p.format == Format::kFloat ? size : size / per_byte(p.format)};
+    case Input::kWindowKeyScale:
+    case Input::kWindowValueScale:
+      return {p.batch, p.kv_heads, p.window, value ? p.value_groups : p.key_groups, 2};
+    case Input::kRecentKey:
+    case Input::kRecentValue:
+      return {p.batch, p.kv_heads, p.recent, size};
+    case Input::kSigns:
+      return {p.head_size};
+    default:
+      return {1, 1};
+  }
+}
+
+void AttentionSignature::read_shapes(const std::vector<nvinfer1::Dims>& shapes, Problem& problem) const {
+  for (int32_t i = 0; i < count(); ++i) require_rank(i, shapes[i].nbDims);
+  const auto dim = [&](Input input, int axis) { return shapes[index(input)].d[axis]; };
+  problem.batch = dim(Input::kQuery, 0);
+  problem.tokens = dim(Input::kQuery, 2);
   problem.key_groups = problem.value_groups = 1;
-  if (problem.format != Format::kFloat) {
-    problem.key_groups = shapes[kCacheInputs + 4].d[3];
-    problem.value_groups = shapes[kCacheInputs + 5].d[3];
+  if (form_.format != Format::kFloat) {
+    problem.key_groups = dim(Input::kWindowKeyScale, 3);
+    problem.value_groups = dim(Input::kWindowValueScale, 3);
   }
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    const std::vector<int64_t> expected = expected_shape(problem, static_cast<int32_t>(i));
+  problem.angles = form_.centered ? dim(Input::kMeanAngles, 2) : 0;
+  if (form_.centered && problem.angles < 1) throw PluginError{"input 'mean_angles' has no angles"};
+  for (int32_t i = 0; i < count(); ++i) {
+    if (inputs_[i] == Input::kHigh || inputs_[i] == Input::kLow) continue;
+    const std::vector<int64_t> expected = expected_shape(i, problem);
     const std::vector<int64_t> found(shapes[i].d, shapes[i].d + shapes[i].nbDims);
-    if (found != expected) {
-      throw PluginError{std::string("input '") + inputs[i].name + "' has shape " + text(found) +
-                        ", must be " + text(expected)};
+    if (found == expected) continue;
+    throw PluginError{std::string("input '") + name(i) + "' has shape " + text(found) + ", must be " +
+                      text(expected)};
+  }
+  if (form_.rotated && dim(Input::kHigh, 0) * dim(Input::kLow, 0) != problem.head_size) {
+    throw PluginError{"inputs 'hi' and 'lo' are for blocks of " +
+                      std::to_string(dim(Input::kHigh, 0) * dim(Input::kLow, 0)) +
+                      " channels, the kernel rotates whole heads of " + std::to_string(problem.head_size)};
+  }
+}
+
+Operands AttentionSignature::operands(const void* const* inputs, void* const* outputs) const {
+  for (int32_t i = 0; i < count(); ++i) {
+    if (inputs_[i] != Input::kBase && inputs_[i] != Input::kHigh && inputs_[i] != Input::kLow) {
+      require_aligned(inputs[i], name(i));
     }
   }
+  require_aligned(outputs[0], "output");
+  const auto at = [&](Input input) { return index(input) < 0 ? nullptr : inputs[index(input)]; };
+  Operands operands{};
+  operands.query = at(Input::kQuery);
+  operands.query_sink = at(Input::kQuerySink);
+  operands.key = at(Input::kKey);
+  operands.value = at(Input::kValue);
+  operands.past_length = static_cast<const int32_t*>(at(Input::kPastLength));
+  operands.new_length = static_cast<const int32_t*>(at(Input::kNewLength));
+  operands.decay = static_cast<const float*>(at(Input::kDecay));
+  operands.key_mean = at(Input::kKeyMean);
+  operands.mean_query = at(Input::kMeanQuery);
+  operands.mean_angles = at(Input::kMeanAngles);
+  operands.signs = at(Input::kSigns);
+  operands.output = outputs[0];
+  const std::vector<void**> cache = members(operands.cache);
+  const std::vector<void**> present = members(operands.present);
+  for (size_t i = 0; i < cache.size(); ++i) {
+    const int32_t from = index(static_cast<Input>(static_cast<size_t>(Input::kSinkKey) + i));
+    if (from < 0) continue;
+    *cache[i] = const_cast<void*>(inputs[from]);  // written only where it is the output, too
+    *present[i] = outputs[1 + from - first_cached()];
+    require_aligned(*present[i], name(from));
+  }
+  return operands;
 }
 
 }  // namespace rotexport

@@ -1,4 +1,4 @@
-// The inputs of the sink/window operators: names, types and shapes, checked against an operator's attributes.
+// The sink/window operators: their names, inputs and shapes; graphs/SinkWindowAttention*.onnxtxt define them.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -10,17 +10,20 @@
 
 namespace rotexport {
 
-// What a tensor's elements are.
-enum class ElementKind { kActivation, kCodes, kInt64, kInt32, kFloat };
-
-struct InputSignature {
+// What an operator's name says.
+struct AttentionForm {
   const char* name;
-  ElementKind kind;
-  int32_t rank;
+  sink_window_attention::Format format;  // of the window
+  bool centered;                         // keys are stored minus a mean
+  bool recent;                           // the newest tokens are kept in floating point, too
+  bool rotated;                          // queries and keys come before their rotation
 };
 
-// Positions of the inputs that all operators have; the cache's tensors follow.
-enum AttentionInput : int32_t {
+constexpr int kAttentionForms = 19;
+const AttentionForm& attention_form(int index);
+
+// Inputs of all operators, in their order. A form has some of them; those of the cache come in pairs.
+enum class AttentionInput {
   kPositions,
   kQuery,
   kQuerySink,
@@ -29,14 +32,52 @@ enum AttentionInput : int32_t {
   kPastLength,
   kNewLength,
   kDecay,
-  kCacheInputs
+  kKeyMean,
+  kMeanQuery,
+  kMeanAngles,
+  kSinkKey,
+  kSinkValue,
+  kWindowKey,
+  kWindowValue,
+  kWindowKeyScale,
+  kWindowValueScale,
+  kRecentKey,
+  kRecentValue,
+  kSigns,
+  kBase,
+  kHigh,
+  kLow
 };
 
-std::vector<InputSignature> attention_inputs(sink_window_attention::Format format, bool recent);
+// Reads a form's operands by their place and checks them. Functions throw PluginError.
+class AttentionSignature {
+ public:
+  explicit AttentionSignature(int form);
 
-// Fills in the batch, tokens and groups that the shapes say, and throws PluginError where a shape is not what
-// the numbers of `problem` ask for.
-void read_shapes(const nvinfer1::Dims* shapes, const std::vector<InputSignature>& inputs,
-                 sink_window_attention::Problem& problem);
+  const AttentionForm& form() const { return form_; }
+  int32_t count() const { return static_cast<int32_t>(inputs_.size()); }
+  int32_t index(AttentionInput input) const;  // -1 where the form has no such input
+  const char* name(int32_t i) const;
+
+  // The cache's inputs follow each other: the first one and their number.
+  int32_t first_cached() const { return index(AttentionInput::kSinkKey); }
+  int32_t cached() const;
+
+  // The type of input i; `activation` is that of the queries.
+  nvinfer1::DataType type(int32_t i, nvinfer1::DataType activation) const;
+  void require_rank(int32_t i, int32_t rank) const;
+
+  // Fills in the batch, tokens, groups and angles that the shapes say; refuses a shape that is not what the
+  // numbers of `problem` ask for.
+  void read_shapes(const std::vector<nvinfer1::Dims>& shapes, sink_window_attention::Problem& problem) const;
+
+  sink_window_attention::Operands operands(const void* const* inputs, void* const* outputs) const;
+
+ private:
+  std::vector<int64_t> expected_shape(int32_t i, const sink_window_attention::Problem& problem) const;
+
+  const AttentionForm& form_;
+  std::vector<AttentionInput> inputs_;
+};
 
 }  // namespace rotexport

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 import torch
-from emulated_attention import CACHE, FORMATS, TYPES, Call, EmulatedAttention, Problem
+from emulated_attention import CACHE, FORMATS, TYPES, Call, EmulatedAttention
+from fast_hadamard_cases import sylvester
+from structures import AttentionProblem
 
 from rotexport.streaming.oracle import pack, quantize, ring_positions, visible
 
@@ -32,6 +34,8 @@ class Case:
     softcap: float = 0.0
     decay: float = 0.0
     dtype: type = np.float16
+    angles: int = 0  # of the mean that keys are stored without
+    rotated: bool = False
 
     @property
     def type(self) -> np.dtype:
@@ -54,15 +58,21 @@ class Case:
         """The decay of each query head: none for the first."""
         return np.float32(self.decay * np.arange(self.query_heads) / max(self.query_heads - 1, 1))
 
+    @property
+    def signs(self) -> np.ndarray:
+        """What a rotation multiplies channels by first."""
+        return np.where(np.arange(self.head_size) % 3 == 1, -1, 1).astype(self.type)
+
     def groups(self, kind: str) -> int:
         return self.sizes[kind] // (self.group or self.sizes[kind])
 
-    def problem(self, batch: int, tokens: int) -> Problem:
-        return Problem(
+    def problem(self, batch: int, tokens: int) -> AttentionProblem:
+        return AttentionProblem(
             TYPES[self.type],
             FORMATS[self.bits],
             *(batch, tokens, self.query_heads, self.kv_heads, self.head_size, self.value_size),
             *(self.sinks, self.window, self.recent, self.groups("key"), self.groups("value")),
+            *(self.angles, self.rotated),
             *(self.scale, self.softcap),
         )
 
@@ -94,11 +104,36 @@ class Stream:
         self.query_sink = normal(case.query_heads, case.head_size)
         self.key = normal(case.kv_heads, case.head_size)
         self.value = normal(case.kv_heads, case.value_size)
+        self.given: dict[str, np.ndarray] = {}  # where an operator is told something else
+        if case.rotated:
+            for name in ("query", "query_sink", "key"):
+                self.given[name] = (np.round(4 * getattr(self, name).astype(np.float32)) / 4).astype(
+                    case.type
+                )
+                setattr(self, name, self._rotated(self.given[name]))
+        if case.angles:
+            self.turns = rng.standard_normal((length, case.angles), np.float32).astype(case.type)
+            self.mean_query = normal(case.query_heads, case.angles)
+            self.key_mean = normal(case.kv_heads, case.head_size)
+
+    def _rotated(self, x: np.ndarray) -> np.ndarray:
+        """Return x rotated and rounded; its numbers have so few bits that sums are exact."""
+        size = self.case.head_size
+        sums = (x * self.case.signs).astype(np.float32) @ sylvester(size).astype(np.float32)
+        return (sums * (np.float32(1) / np.sqrt(np.float32(size)))).astype(self.case.type)
+
+    @property
+    def centered(self) -> np.ndarray:
+        """What codes are made of in place of keys, rounded."""
+        if not self.case.angles:
+            return self.key
+        return (self.key.astype(np.float32) - self.key_mean.astype(np.float32)).astype(self.case.type)
 
     def grids(self, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return what the window stores: codes, scales, and the values [Hk, N, size] in float64 they stand for."""
         case = self.case
-        exact = torch.from_numpy(getattr(self, kind).astype(np.float64))
+        stored = self.centered if kind == "key" else self.value
+        exact = torch.from_numpy(stored.astype(np.float64))
         size = case.sizes[kind]
         assert case.bits is not None
         grid = quantize(exact, case.bits, case.group or size, TORCH[case.type])
@@ -117,7 +152,10 @@ class Stream:
         if case.bits is not None:
             stored_key, stored_value = (self.grids(kind)[2].repeat(case.repeat, 0) for kind in KINDS)
         query, query_sink = self.query.astype(np.float64), self.query_sink.astype(np.float64)
-        products = np.where(exact, query @ key.swapaxes(1, 2), query @ stored_key.swapaxes(1, 2))
+        stored = query @ stored_key.swapaxes(1, 2)
+        if case.angles:
+            stored += self.mean_query.astype(np.float64) @ self.turns.astype(np.float64).T
+        products = np.where(exact, query @ key.swapaxes(1, 2), stored)
         logits = case.scale * np.where(is_sink, query_sink @ key.swapaxes(1, 2), products)
         if case.softcap > 0:
             logits = case.softcap * np.tanh(logits / case.softcap)
@@ -126,6 +164,16 @@ class Stream:
         weights = np.exp(logits - logits.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         return (weights * exact) @ value + (weights * ~exact) @ stored_value
+
+    def turns_seen(self, past: int, count: int, tokens: int) -> np.ndarray:
+        """Return the angles [window + tokens, R] of a call: of the ring's slots, then of its own tokens."""
+        case = self.case
+        seen = np.full((case.window + tokens, case.angles), np.nan, case.type)
+        for slot, j in enumerate(ring_positions(past, case.sinks, case.window)):
+            if j is not None:
+                seen[slot] = self.turns[j]
+        seen[case.window : case.window + count] = self.turns[past : past + count]
+        return seen
 
     def expected_cache(self, length: int) -> dict[str, np.ndarray]:
         """Return the row's cache after `length` tokens."""
@@ -162,13 +210,21 @@ class Session:
         def batch_of(name: str) -> np.ndarray:
             rows = []
             for stream, past, count in zip(self.streams, self.past, new, strict=True):
-                fresh = getattr(stream, name)[:, past : past + count]
+                fresh = stream.given.get(name, getattr(stream, name))[:, past : past + count]
                 rest = np.full((fresh.shape[0], tokens - count, fresh.shape[2]), padding, fresh.dtype)
                 rows.append(np.concatenate([fresh, rest], axis=1))
             return np.stack(rows)
 
         tensors = (batch_of(name) for name in ("query", "query_sink", "key", "value"))
-        return Call(*tensors, self.past.copy(), np.array(new, np.int32), self.case.slopes, self.cache)
+        lengths = (self.past.copy(), np.array(new, np.int32))
+        others = {}
+        if self.case.rotated:
+            others = {"signs": self.case.signs}
+        elif self.case.angles:
+            others = {name: batch_of(name) for name in ("key_mean", "mean_query")}
+            turns = [s.turns_seen(p, n, tokens) for s, p, n in zip(self.streams, self.past, new, strict=True)]
+            others["mean_angles"] = np.stack(turns)
+        return Call(*tensors, *lengths, self.case.slopes, self.cache, others)
 
     def call(
         self,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from structures import HadamardProblem
 
 TYPES = {np.dtype(np.float16): 0, np.dtype(ml_dtypes.bfloat16): 1, np.dtype(np.float32): 2}
 OUTPUTS = {"same": 0, "int8": 1, "int4": 2}
@@ -14,18 +15,6 @@ OUTPUTS = {"same": 0, "int8": 1, "int4": 2}
 
 class EmulatorError(Exception):
     """What the planner refused or the emulator reported."""
-
-
-class Problem(ctypes.Structure):
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("output", ctypes.c_int),
-        ("rows", ctypes.c_int64),
-        ("row", ctypes.c_int64),
-        ("base_order", ctypes.c_int64),
-        ("sylvester_order", ctypes.c_int64),
-        ("clip", ctypes.c_float),
-    )
 
 
 class EmulatedKernels:
@@ -45,7 +34,7 @@ class EmulatedKernels:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return (y or codes, scales) for x [rows, D], signs [D] of x's type and base int8 [m, m]."""
         rows, row = x.shape
-        problem = Problem(TYPES[x.dtype], OUTPUTS[output], rows, row, len(base), sylvester, clip)
+        problem = HadamardProblem(TYPES[x.dtype], OUTPUTS[output], rows, row, len(base), sylvester, clip)
         y = {
             "same": np.empty_like(x),
             "int8": np.empty((rows, row), np.int8),

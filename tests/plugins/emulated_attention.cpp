@@ -17,6 +17,10 @@ struct HostOperands {
   const float* decay;
   void* cache[8];  // in the order of Cache; updated
   void* output;
+  const void* key_mean;  // this and the two behind it where keys are centered
+  const void* mean_query;
+  const void* mean_angles;
+  const void* signs;  // where queries and keys are rotated
 };
 
 struct Size {
@@ -45,6 +49,14 @@ void upload_operands(Buffers& buffers, const Problem& p, const HostOperands& hos
   operands.new_length = static_cast<int32_t*>(buffers.upload(host.new_length, batch * 4, "new_length"));
   operands.decay = static_cast<float*>(buffers.upload(host.decay, p.query_heads * sizeof(float), "decay"));
   operands.output = buffers.allocate(size.output, "output");
+  if (p.rotated) operands.signs = buffers.upload(host.signs, p.head_size * 2, "signs");
+  if (p.angles == 0) return;
+  const auto angles = static_cast<size_t>(p.angles) * 2;
+  operands.key_mean = buffers.upload(host.key_mean, size.key, "key_mean");
+  operands.mean_query =
+      buffers.upload(host.mean_query, batch * p.query_heads * p.tokens * angles, "mean_query");
+  operands.mean_angles =
+      buffers.upload(host.mean_angles, batch * (p.window + p.tokens) * angles, "mean_angles");
 }
 
 int run_on_emulator(const Problem* problem, const HostOperands* host, bool on_warpgroups, int in_place,
@@ -101,4 +113,12 @@ int emulated_warpgroup_attention(const Problem* problem, const HostOperands* hos
                                  uint64_t schedule, char* message, size_t capacity) {
   return run_on_emulator(problem, host, true, in_place, schedule, message, capacity);
 }
+
+// Whether the planner takes warpgroups for a legal problem.
+int planned_on_warpgroups(const Problem* problem, int on_hopper) {
+  Plan plan;
+  return make_plan(*problem, on_hopper != 0, plan) && plan.on_warpgroups;
+}
+
+size_t emulated_copied_tiles() { return emulator::Machine::instance().copied_tiles(); }
 }

@@ -17,21 +17,6 @@ CACHE += ("window_key_scale", "window_value_scale", "recent_key", "recent_value"
 OTHERS = ("key_mean", "mean_query", "mean_angles", "signs")
 
 
-class Problem(ctypes.Structure):
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("format", ctypes.c_int),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("batch", "tokens", "query_heads", "kv_heads", "head_size", "value_size")
-        ),
-        *((name, ctypes.c_int64) for name in ("sinks", "window", "recent", "key_groups", "value_groups")),
-        *((name, ctypes.c_int64) for name in ("angles", "rotated")),
-        ("scale", ctypes.c_float),
-        ("softcap", ctypes.c_float),
-    )
-
-
 def _operands_of(cache_tensors: int) -> type[ctypes.Structure]:
     class Operands(ctypes.Structure):
         _fields_ = (

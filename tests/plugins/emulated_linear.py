@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from emulated import TYPES, EmulatorError
+from structures import LinearProblem
 from support.quantized_linear import Case, Operands
 
 FORMATS = {"W8A8": 0, "W4A8": 1, "W4A4": 2}
@@ -14,36 +15,14 @@ ENDINGS = {"": 0, "Residual": 1, "Gated": 2}
 MESSAGE = 1024
 
 
-class LinearProblem(ctypes.Structure):
-    _fields_ = (
-        ("format", ctypes.c_int),
-        ("type", ctypes.c_int),
-        ("ending", ctypes.c_int),
-        ("rows", ctypes.c_int64),
-        ("inputs", ctypes.c_int64),
-        ("outputs", ctypes.c_int64),
-        ("group", ctypes.c_int64),
-        ("groups", ctypes.c_int64),
-        ("row_scales", ctypes.c_int64),
-        ("two_level", ctypes.c_bool),
-        ("asymmetric", ctypes.c_bool),
+def problem_of(case: Case) -> LinearProblem:
+    return LinearProblem(
+        *(FORMATS[case.form], TYPES[case.out], ENDINGS[case.ending]),
+        *(case.rows, case.inputs, case.outputs, case.group, case.groups),
+        case.groups if case.row_groups else 1,
+        case.two_level,
+        case.asymmetric,
     )
-
-    @classmethod
-    def of(cls, case: Case) -> LinearProblem:
-        return cls(
-            FORMATS[case.form],
-            TYPES[case.out],
-            ENDINGS[case.ending],
-            case.rows,
-            case.inputs,
-            case.outputs,
-            case.group,
-            case.groups,
-            case.groups if case.row_groups else 1,
-            case.two_level,
-            case.asymmetric,
-        )
 
 
 ORDER = (
@@ -123,7 +102,7 @@ class EmulatedLinear:
         packed = LinearOperands(**{name: array.ctypes.data for name, array in arrays.items()})
         message = ctypes.create_string_buffer(MESSAGE)
         if self.library.emulated_quantized_linear(
-            ctypes.byref(LinearProblem.of(case)),
+            ctypes.byref(problem_of(case)),
             multiprocessors,
             ctypes.byref(packed),
             ctypes.c_void_p(y.ctypes.data),

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
 import torch
-from attention_cases import Case, Session, Stream, allowed
+from attention_cases import Case, Session, Stream
+from attention_checks import assert_caches_equal, assert_close, check_stream
 from emulated import EmulatorError
 from emulated_attention import EmulatedAttention
-from support.streams import Shape, operator_graph
+from fast_hadamard_cases import sylvester
+from support.streams import ANGLES, Shape, operator_graph
 
 from rotexport.graph.io import to_proto
 from rotexport.streaming.oracle import Definition, Row, attend
@@ -27,34 +30,6 @@ MORE_THAN_DECODED = 17  # the kernels decode up to 16 new tokens, and prefill mo
 @pytest.fixture(scope="module")
 def kernels(emulated: Path) -> EmulatedAttention:
     return EmulatedAttention(emulated / "librotexport_emulated_kernels.so")
-
-
-def assert_close(case: Case, stream: Stream, found: np.ndarray, expected: np.ndarray) -> None:
-    assert np.abs(found.astype(np.float64) - expected).max() <= allowed(case, stream)
-
-
-def assert_caches_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    for name, content in expected.items():
-        np.testing.assert_array_equal(found[name].view(np.int8), content.view(np.int8), err_msg=name)
-
-
-def check_stream(kernels: EmulatedAttention, case: Case, calls: list[list[int]], seed: int = 0) -> None:
-    """Run calls (new tokens of each row), and compare all outputs and the last cache with the definition."""
-    rng = np.random.default_rng(seed)
-    lengths = np.sum(calls, axis=0)
-    streams = [Stream(case, max(length, 1), rng) for length in lengths]
-    expected = [stream.expected() for stream in streams]
-    session = Session(kernels, case, streams)
-    for new in calls:
-        past = session.past
-        output = session.call(new, max(new) + int(rng.integers(3)), schedule=int(rng.integers(3)))
-        for row, (p, n) in enumerate(zip(past, new, strict=True)):
-            assert not output[row, :, n:].astype(np.float64).any(), "padded tokens have no output"
-            if n > 0:
-                assert_close(case, streams[row], output[row, :, :n], expected[row][:, p : p + n])
-    for row, length in enumerate(lengths):
-        held = {name: tensor[row] for name, tensor in session.cache.items()}
-        assert_caches_equal(held, streams[row].expected_cache(length))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -86,6 +61,42 @@ def test_ragged_calls_compute_the_definition(
     check_stream(kernels, case, calls, seed)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("bits", "recent"), [(8, 0), (4, 0), (2, 0), (4, 5)])
+@pytest.mark.parametrize("sizes", [(64, 64), (128, 128), (80, 37), (16, 240), (96, 1)], ids=str)
+def test_centered_keys_of_every_size_and_format(
+    kernels: EmulatedAttention, sizes: tuple[int, int], bits: int, recent: int, dtype: type
+) -> None:
+    """The mean at empty slots and padded tokens is NaN; as many angles as channels is the usual rotary embedding."""
+    size, angles = sizes
+    case = Case(size, size, repeat=2, bits=bits, recent=recent, dtype=dtype, angles=angles)
+    check_stream(kernels, case, [[18], [3], [20]])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("bits", "recent"), [(8, 0), (4, 0), (2, 0), (4, 5)])
+@pytest.mark.parametrize("size", [16, 32, 64, 128, 256])
+def test_rotated_queries_and_keys_of_every_size_and_format(
+    kernels: EmulatedAttention, size: int, bits: int, recent: int, dtype: type
+) -> None:
+    """Sinks and recent tokens are stored rotated, too."""
+    case = Case(size, 64, repeat=2, bits=bits, recent=recent, dtype=dtype, rotated=True)
+    check_stream(kernels, case, [[18], [3], [20]])
+
+
+@pytest.mark.parametrize("special", [{"angles": 40}, {"rotated": True}])
+@pytest.mark.parametrize(("bits", "recent"), [(8, 3), (4, 0), (2, 6)])
+@pytest.mark.parametrize("seed", range(2))
+def test_ragged_calls_on_centered_and_rotated_keys(
+    kernels: EmulatedAttention, seed: int, bits: int, recent: int, special: dict[str, int]
+) -> None:
+    case = Case(64, 64, 2, 3, 3, 23, bits, recent, 16, softcap=2.5, decay=0.5, dtype=TYPES[seed], **special)
+    rng = np.random.default_rng(seed)
+    check_stream(
+        kernels, case, [[int(n) for n in rng.choice([0, 1, 2, 16, 17, 45], size=2)] for _ in range(4)]
+    )
+
+
 @pytest.mark.parametrize("bits", [None, 8, 4, 2])
 @pytest.mark.parametrize("calls", [[70], [1] * 6 + [64], [33, 33, 4], [16, 16, 16, 16, 6]])
 def test_any_split_into_calls_leaves_the_same_cache(
@@ -103,12 +114,21 @@ def test_extreme_windows_over_many_tiles(
     check_stream(kernels, Case(sinks=sinks, window=window, bits=bits), [[190], [1], [2]])
 
 
-@pytest.mark.parametrize(("bits", "recent"), [(None, 0), (4, 0), (8, 3)])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {},
+        {"bits": 4},
+        {"bits": 8, "recent": 3},
+        {"bits": 2, "recent": 3, "angles": 24},
+        {"bits": 4, "rotated": True},
+    ],
+)
 @pytest.mark.parametrize("tokens", [2, 40])
 def test_schedules_and_buffers_do_not_matter(
-    kernels: EmulatedAttention, bits: int | None, recent: int, tokens: int
+    kernels: EmulatedAttention, kept: dict[str, int], tokens: int
 ) -> None:
-    case = Case(kv_heads=2, repeat=2, window=18, bits=bits, recent=recent, decay=0.1)
+    case = Case(kv_heads=2, repeat=2, window=18, decay=0.1, **kept)
     rng = np.random.default_rng(0)
     streams = [Stream(case, 60, rng) for _ in range(2)]
     outcomes = []
@@ -210,25 +230,52 @@ def test_the_reference_is_the_oracle(kernels: EmulatedAttention) -> None:
     np.testing.assert_allclose(stream.expected(), exact, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("bits", "recent"), [(None, 0), (8, 0), (4, 5), (2, 0)])
+def rotated(graph: gs.Graph, size: int) -> gs.Graph:
+    """Let a graph's one operator rotate queries and keys itself, by tables that are inputs too."""
+    (node,) = graph.nodes
+    node.op += "Rotated"
+    tables = [gs.Variable("signs", np.float16, [size])]
+    tables += [
+        gs.Variable(n, np.int8, [order] * 2) for n, order in (("base", 1), ("hi", 8), ("lo", size // 8))
+    ]
+    node.inputs += tables
+    graph.inputs += tables
+    return graph
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        *({}, {"bits": 8}, {"bits": 4, "recent": 5}, {"bits": 2}),
+        *({"bits": 4, "angles": ANGLES}, {"bits": 8, "recent": 5, "angles": ANGLES}),
+        *({"bits": 2, "rotated": True}, {"bits": 8, "recent": 5, "rotated": True}),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("tokens", [3, 30])
 def test_the_kernel_computes_its_operators_body(
-    kernels: EmulatedAttention, bits: int | None, recent: int, tokens: int
+    kernels: EmulatedAttention, kept: dict[str, int], tokens: int
 ) -> None:
     """The body runs in float16 in ONNX Runtime: its caches are the kernel's, bit for bit."""
-    case = Case(
-        kv_heads=2, repeat=2, bits=bits, recent=recent, group=32 if bits else None, softcap=4.0, decay=0.2
-    )
-    definition = Definition(case.sinks, case.window, case.scale, case.softcap, bits, case.group, recent)
-    graph = operator_graph(Shape(definition, 2, 2, case.head_size, case.value_size), np.float16)
-    model = to_proto(graph).SerializeToString()
+    case = Case(kv_heads=2, repeat=2, group=32 if kept else None, softcap=4.0, decay=0.2, **kept)
+    d = Definition(case.sinks, case.window, case.scale, case.softcap, case.bits, case.group, case.recent)
+    shape = Shape(d, 2, 2, case.head_size, case.value_size, case.angles > 0)
+    graph = operator_graph(shape, np.float16)
+    model = to_proto(rotated(graph, case.head_size) if case.rotated else graph).SerializeToString()
     body = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
     streams = [Stream(case, 80, np.random.default_rng(row)) for row in range(2)]
+    for stream in streams if case.angles else []:  # ONNX Runtime would not round the difference to float16
+        stream.key, stream.key_mean = (
+            (np.round(16 * x) / 16).astype(x.dtype) for x in (stream.key, stream.key_mean)
+        )
     session = Session(kernels, case, streams)
     session.call([40, 9])
     call = session.next_call([tokens, 2], tokens, 0.0)
     feeds = {name: getattr(call, name) for name in ("query", "query_sink", "key", "value", "decay")}
     feeds |= {"past_length": call.past_length, "new_length": call.new_length, **call.cache}
+    feeds |= {name: np.nan_to_num(tensor) for name, tensor in call.others.items()}
+    if case.rotated:
+        feeds |= {"base": sylvester(1), "hi": sylvester(8), "lo": sylvester(case.head_size // 8)}
     feeds["positions"] = call.past_length[:, None] + np.arange(tokens, dtype=np.int64)
     expected = dict(zip((o.name for o in body.get_outputs()), body.run(None, feeds), strict=True))
     output = session.call([tokens, 2])
@@ -251,6 +298,16 @@ def test_the_kernel_computes_its_operators_body(
         ),
         (Case(128, 128, bits=4, group=16), "16 groups of a head's keys and values take more than 99 KB"),
         (Case(softcap=-1.0), "softcap is -1.000000, must not be negative"),
+        (
+            Case(256, 64, bits=4, angles=8),
+            "8 angles of a head of 256 channels: the kernel needs at most 256 of both",
+        ),
+        (Case(angles=8), "centered and rotated keys are for windows of codes"),
+        (Case(bits=4, angles=8, rotated=True), "keys are either rotated or centered"),
+        (
+            Case(96, bits=4, rotated=True),
+            "head_size is 96, the kernel rotates heads of a power of two channels",
+        ),
     ],
 )
 def test_what_the_kernel_cannot_take_is_refused(

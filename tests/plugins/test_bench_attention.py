@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from emulated_attention import EmulatedAttention
-from gpu_attention import Attention, Call, Launch
+from gpu_attention import NEW, Attention, Call, Launch
+from structures import AttentionProblem
 
 from rotexport.streaming.oracle import visible
 
@@ -37,7 +38,7 @@ class OnEmulator:
     def prepare(self, call: Call) -> Launch:
         a = call.attention
         batch, _, tokens, _ = call.new["query"].shape
-        problem = emulated_attention.Problem(
+        problem = AttentionProblem(
             *(
                 emulated_attention.TYPES[to_numpy(call.new["query"]).dtype],
                 emulated_attention.FORMATS[a.bits],
@@ -53,13 +54,13 @@ class OnEmulator:
                 a.window,
                 a.recent,
             ),
-            *(a.groups(a.head_size), a.groups(a.value_size), a.scale, a.softcap),
+            *(a.groups(a.head_size), a.groups(a.value_size), a.angles, a.rotated, a.scale, a.softcap),
         )
-        arrays = {name: to_numpy(tensor) for name, tensor in call.new.items()}
+        arrays = {name: to_numpy(tensor) for name, tensor in (call.new | call.others).items()}
         lengths = (to_numpy(call.past_length), to_numpy(call.new_length), to_numpy(a.slopes(CPU)))
         cache = {name: to_numpy(tensor) for name, tensor in call.cache.items()}
         output, updated = self.kernels.run(
-            problem, emulated_attention.Call(*arrays.values(), *lengths, cache)
+            problem, emulated_attention.Call(*(arrays.pop(name) for name in NEW), *lengths, cache, arrays)
         )
         for name, content in updated.items():
             call.cache[name] = torch.from_numpy(content.astype(np.float32)).to(call.cache[name].dtype)
@@ -73,6 +74,8 @@ class OnEmulator:
         SMALL,
         replace(SMALL, bits=8, dtype=torch.bfloat16),
         replace(SMALL, bits=4, recent=32, softcap=5.0, decay=0.02, group=16),
+        replace(SMALL, bits=2, recent=32, angles=48),
+        replace(SMALL, bits=4, rotated=True),
     ],
     ids=lambda attention: attention.form,
 )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import quantized_linear as bench
 import torch
-from emulated_linear import MESSAGE, LinearOperands, LinearProblem
+from emulated_linear import MESSAGE, LinearOperands
 from gpu_linear import OPERANDS, Launch, Linear, Operands
 
 CPU = torch.device("cpu")
@@ -46,10 +46,7 @@ class OnEmulator:
         return Launch(values.to(linear.dtype), lambda: None)
 
 
-def test_structures_are_those_of_the_kernels() -> None:
-    problem = Linear("W4A8", 1, 64, 2).problem()
-    assert [name for name, _ in problem._fields_] == [name for name, _ in LinearProblem._fields_]
-    assert ctypes.sizeof(problem) == ctypes.sizeof(LinearProblem)
+def test_operands_are_those_of_the_kernels() -> None:
     assert tuple(name for name, _ in LinearOperands._fields_) == OPERANDS
 
 

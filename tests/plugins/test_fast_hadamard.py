@@ -8,8 +8,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from emulated import EmulatedKernels, EmulatorError, Problem
+from emulated import EmulatedKernels, EmulatorError
 from fast_hadamard_cases import LARGEST_CODE, Case, run_body, sylvester, unpack_nibbles
+from structures import HadamardProblem
 
 from rotexport.errors import TransformError
 from rotexport.transforms.orders import base_order
@@ -220,7 +221,7 @@ def test_every_length_that_the_compiler_folds_has_a_plan(kernels: EmulatedKernel
         base = base_order(length)[0]
         for output in (0, 1, 2):
             message = ctypes.create_string_buffer(256)
-            problem = Problem(0, output, 8, length, base, length // base, 1.0)
+            problem = HadamardProblem(0, output, 8, length, base, length // base, 1.0)
             failed = kernels.library.emulated_plan(ctypes.byref(problem), message, ctypes.c_size_t(256))
             assert not failed, message.value
     assert len(lengths) > 250

@@ -11,16 +11,20 @@ import pytest
 from attention_cases import Case, Session, Stream
 from driver import Host, HostError, Request
 from emulated_attention import EmulatedAttention
+from fast_hadamard_cases import sylvester
 
 FLOAT, HALF, INT8, INT32, BFLOAT16, INT64 = 0, 1, 2, 3, 7, 8
-FORMATS = [(None, 0), (8, 0), (4, 0), (2, 0), (8, 3), (4, 3), (2, 3)]  # bits, recent
+CODED = [{"bits": bits} | recent for bits in (8, 4, 2) for recent in ({}, {"recent": 3})]
+SPECIAL = ({}, {"angles": 24}, {"rotated": True})
+FORMS = [{}, *(coded | special for coded in CODED for special in SPECIAL)]
 INPUTS = ("query", "query_sink", "key", "value", "past_length", "new_length", "decay")
+MEANS = ("key_mean", "mean_query", "mean_angles")
 
 
 def operator(case: Case) -> str:
-    return (
-        "SinkWindowAttention" + (f"Int{case.bits}" if case.bits else "") + ("Recent" if case.recent else "")
-    )
+    endings = {"Centered": case.angles, "Recent": case.recent, "Rotated": case.rotated}
+    kept = "".join(ending for ending, asked in endings.items() if asked)
+    return "SinkWindowAttention" + (f"Int{case.bits}" if case.bits else "") + kept
 
 
 def fields(case: Case) -> list[tuple[str, np.ndarray]]:
@@ -42,7 +46,11 @@ class Asked:
         session.call([30, 5])
         call = session.next_call([tokens, 1], tokens, 0.0)
         positions = call.past_length[:, None] + np.arange(tokens, dtype=np.int64)
-        self.inputs = {"positions": positions} | {name: getattr(call, name) for name in INPUTS} | call.cache
+        self.inputs = {"positions": positions} | {name: getattr(call, name) for name in INPUTS}
+        self.inputs |= {name: call.others[name] for name in MEANS if case.angles} | call.cache
+        if case.rotated:
+            tables = {"base": sylvester(1), "hi": sylvester(8), "lo": sylvester(case.head_size // 8)}
+            self.inputs |= call.others | tables
         self.output, self.cache = kernels.run(case.problem(2, tokens), call)
         self.request = Request(operator(case), list(self.inputs.values()), fields(case))
 
@@ -52,38 +60,36 @@ class Asked:
 
 def test_creators_and_their_fields(host: Host) -> None:
     listed = {creator[0]: creator[1:] for creator in host.creators()}
-    for bits, recent in FORMATS:
-        case = Case(bits=bits, recent=recent)
+    for form in FORMS:
+        case = Case(**form)
         types = [f"{name}:{5 if value.dtype == np.int32 else 1}:1" for name, value in fields(case)]
         assert listed[operator(case)] == ["1", "rotexport", "PLUGIN CREATOR_V3ONE", *types]
 
 
 @pytest.mark.parametrize("aliases", [True, False])
 @pytest.mark.parametrize("tokens", [2, 20])
-@pytest.mark.parametrize(("bits", "recent"), FORMATS)
+@pytest.mark.parametrize("form", FORMS, ids=str)
 def test_a_plugin_lives_attends_and_updates_its_cache(
-    host: Host, emulated: Path, bits: int | None, recent: int, tokens: int, *, aliases: bool
+    host: Host, emulated: Path, form: dict[str, int], tokens: int, *, aliases: bool
 ) -> None:
     """In place, and, where the application did not ask for aliases, in buffers of their own."""
     dtype = np.float16 if aliases else ml_dtypes.bfloat16
-    case = Case(repeat=2, bits=bits, recent=recent, group=32 if bits else None, decay=0.1, dtype=dtype)
+    case = Case(repeat=2, group=32 if form else None, decay=0.1, dtype=dtype, **form)
     asked = Asked(emulated, case, tokens)
     output, *cache = host.live(replace(asked.request, aliases=aliases))
     np.testing.assert_array_equal(output, asked.output)
-    for name, found in zip(asked.inputs, [None] * 8 + cache, strict=True):
-        if found is not None:
-            np.testing.assert_array_equal(found, asked.cache[name], err_msg=name)
+    for name, found in zip(asked.cache, cache, strict=True):
+        np.testing.assert_array_equal(found, asked.cache[name], err_msg=name)
 
 
-@pytest.mark.parametrize(("bits", "recent"), FORMATS[:5])
-def test_exactly_the_supported_types_and_formats(
-    host: Host, emulated: Path, bits: int | None, recent: int
-) -> None:
-    asked = Asked(emulated, Case(bits=bits, recent=recent), 1)
+@pytest.mark.parametrize("form", FORMS[:7], ids=str)
+def test_exactly_the_supported_types_and_formats(host: Host, emulated: Path, form: dict[str, int]) -> None:
+    asked = Asked(emulated, Case(**form), 1)
     accepted, other = host.combinations(asked.request)
-    ring, scales = ([INT8] * 2, True) if bits else ([None] * 2, False)
-    cache = [None, None, *ring, *([None] * 2 if scales else []), *([None] * 2 if recent else [])]
-    everything = [INT64, *[None] * 4, INT32, INT32, FLOAT, *cache, None, *cache]
+    cache = [INT8 if tensor.dtype == np.int8 else None for tensor in asked.cache.values()]
+    means = [None] * 3 if "angles" in form else []
+    rotation = [None, INT8, INT8, INT8] if "rotated" in form else []
+    everything = [INT64, *[None] * 4, INT32, INT32, FLOAT, *means, *cache, *rotation, None, *cache]
     expected = {tuple(t if e is None else e for e in everything) for t in (HALF, BFLOAT16)}
     assert (accepted, other) == (expected, 0)
 
@@ -128,6 +134,28 @@ def test_bad_inputs_are_refused_before_anything_runs(
     with pytest.raises(HostError) as caught:
         host.live(asked.changed(**changed))
     assert str(caught.value).startswith(step) and complaint in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("form", "changed", "complaint"),
+    [
+        ({"rotated": True}, {"lo": sylvester(4)}, "'hi' and 'lo' are for blocks of 32 channels"),
+        ({"rotated": True}, {"base": sylvester(2)}, "input 'base' has shape [2, 2], must be [1, 1]"),
+        (
+            {"angles": 24},
+            {"mean_angles": np.zeros((2, 20, 24), np.float16)},
+            "input 'mean_angles' has shape [2, 20, 24], must be [2, 21, 24]",
+        ),
+        ({"angles": 24}, {"mean_query": np.zeros((2, 2, 1, 8), np.float16)}, "must be [2, 2, 1, 24]"),
+    ],
+)
+def test_rotations_and_means_that_do_not_fit_are_refused(
+    host: Host, emulated: Path, form: dict[str, int], changed: dict[str, np.ndarray], complaint: str
+) -> None:
+    asked = Asked(emulated, Case(repeat=2, bits=4, **form), 1)
+    with pytest.raises(HostError, match="configurePlugin: ") as caught:
+        host.live(asked.changed(**changed))
+    assert complaint in str(caught.value)
 
 
 def test_a_profile_for_prefill_has_workspace_for_decoding(host: Host, emulated: Path) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from emulated import EmulatorError
-from emulated_linear import EmulatedLinear, LinearProblem
+from emulated_linear import EmulatedLinear, problem_of
+from structures import LinearProblem
 from support.quantized_linear import BFLOAT16, HALF, Case, Operands, feeds, model_of, variants
 
 FORMS = ("W8A8", "W4A8", "W4A4")
@@ -58,7 +59,7 @@ def test_sums_of_a_column_are_exact(kernels: EmulatedLinear, form: str, rows: in
     exact = integers(operands).astype(np.float32)
     np.testing.assert_array_equal(kernels.run(operands), exact)
     if rows in (7, 130):
-        assert kernels.plan(LinearProblem.of(case), MULTIPROCESSORS)[0].geometry.splits > 1
+        assert kernels.plan(problem_of(case), MULTIPROCESSORS)[0].geometry.splits > 1
         np.testing.assert_array_equal(kernels.run(operands, MULTIPROCESSORS), exact)
 
 
@@ -134,7 +135,7 @@ def test_factors_of_any_sign_widen_weights(kernels: EmulatedLinear) -> None:
 
 
 def problem(**changed: object) -> LinearProblem:
-    made = LinearProblem.of(Case("W4A8", rows=4, inputs=256, outputs=8, group=64))
+    made = problem_of(Case("W4A8", rows=4, inputs=256, outputs=8, group=64))
     for name, value in changed.items():
         setattr(made, name, value)
     return made

@@ -1,0 +1,66 @@
+"""Random streams for sink/window attention: what a call brings, and what the definition is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from gpu_attention import NEW, Attention
+
+
+def random_new(
+    attention: Attention, batch: int, tokens: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Return the tensors that a call brings."""
+    a = attention
+    heads = {"query": a.query_heads, "query_sink": a.query_heads, "key": a.kv_heads, "value": a.kv_heads}
+    sizes = {"value": a.value_size}
+    if a.angles:
+        heads |= {"key_mean": a.kv_heads, "mean_query": a.query_heads}
+        sizes |= {"mean_query": a.angles}
+    made = {
+        name: torch.randn(batch, count, tokens, sizes.get(name, a.head_size), device=device, dtype=a.dtype)
+        for name, count in heads.items()
+    }
+    if a.rotated:
+        made |= {name: (4 * made[name]).round() / 4 for name in NEW[:3]}
+    return made
+
+
+def special_inputs(
+    attention: Attention, turns: torch.Tensor | None, past: Sequence[int], tokens: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Return what only some operators take, of `turns` [B, N, angles]."""
+    if attention.rotated:
+        return {"signs": attention.signs(device)}
+    if turns is None:
+        return {}
+    rows = [attention.angles_seen(row, p, tokens) for row, p in zip(turns, past, strict=True)]
+    return {"mean_angles": torch.stack(rows)}
+
+
+def special_noise(
+    attention: Attention, batch: int, tokens: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Return the same for measuring, whatever the angles are."""
+    if not attention.angles:
+        return special_inputs(attention, None, [], tokens, device)
+    shape = (batch, attention.window + tokens, attention.angles)
+    return {"mean_angles": torch.randn(shape, device=device, dtype=attention.dtype)}
+
+
+def random_turns(attention: Attention, batch: int, length: int, device: torch.device) -> torch.Tensor | None:
+    """Return angles [B, N, R] of a stream of N tokens, where keys are centered."""
+    if not attention.angles:
+        return None
+    return torch.randn(batch, length, attention.angles, device=device, dtype=attention.dtype)
+
+
+def definition_row(
+    attention: Attention, streams: dict[str, torch.Tensor], turns: torch.Tensor | None, row: int, length: int
+) -> dict[str, torch.Tensor]:
+    """Return what the definition is told of one row's stream: rotated queries and keys, and their angles."""
+    told = {name: tensor[row, :, :length] for name, tensor in streams.items()}
+    if attention.rotated:
+        told |= {name: attention.turned(told[name]) for name in NEW[:3]}
+    return told if turns is None else told | {"turns": turns[row, :length]}
