@@ -38,6 +38,11 @@ SCHEMES = {
     "w4a8": (WeightScheme("int4"), DYNAMIC8),
     "w4a8_two_level": (WeightScheme("int4", 32), DYNAMIC8),
     "w4a4_groups": (WeightScheme("int4", 32), ActivationScheme("int4", "dynamic", group=32)),
+    "w4a4_asymmetric": (WeightScheme("int4", 32), ActivationScheme("int4", "dynamic", symmetric=False)),
+    "w4a4_asymmetric_groups": (
+        WeightScheme("int4", 32),
+        ActivationScheme("int4", "dynamic", group=32, symmetric=False),
+    ),
     "fp8": (WeightScheme("fp8"), ActivationScheme("fp8")),
 }
 STATISTICS = InputStatistics(np.full(4, 3.0), np.full(K, 3.0), 3.0, np.full(64, 8))
