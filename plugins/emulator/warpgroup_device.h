@@ -7,12 +7,14 @@
 
 namespace device {
 
-using TileMap = emulator::TileMap;
+struct TileMap {
+  TileTensor tensor{};
+  unsigned box_rows = 0;
+};
 constexpr unsigned kTileColumns = 64;
 
-inline Status make_tile_map(TileMap& map, const void* data, unsigned columns, unsigned rows, unsigned heads,
-                            unsigned box_rows) {
-  map = {static_cast<const char*>(data), columns, rows, heads, box_rows};
+inline Status make_tile_map(TileMap& map, const TileTensor& tensor, unsigned box_rows) {
+  map = {tensor, box_rows};
   return {};
 }
 
@@ -44,7 +46,12 @@ inline void named_barrier(unsigned number, unsigned threads, ROTEXPORT_SITE) {
 template <class T>
 void copy_tile(const Shared<T>& to, unsigned to_index, const TileMap& map, int column, int row, int head,
                const Mbarrier& mbarrier, ROTEXPORT_SITE) {
-  emulator::Machine::instance().copy_tile(to.at(to_index), map, {column, row, head}, mbarrier.address(),
+  const TileTensor& tensor = map.tensor;
+  const bool inside = head >= 0 && static_cast<unsigned>(head) < tensor.heads;
+  const int64_t before = int64_t{head} * tensor.head_rows * tensor.columns * 2;
+  const emulator::TileMap rows_of_head{static_cast<const char*>(tensor.data) + (inside ? before : 0),
+                                       tensor.columns, tensor.rows, inside ? 1u : 0u, map.box_rows};
+  emulator::Machine::instance().copy_tile(to.at(to_index), rows_of_head, {column, row, 0}, mbarrier.address(),
                                           site);
 }
 

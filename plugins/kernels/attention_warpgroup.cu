@@ -8,7 +8,7 @@
 namespace sink_window_attention {
 namespace {
 
-// Rows per (row of the batch, key head) of what a part keeps in slots.
+// Slots of a part per (row of the batch, key head).
 int slots_of(const Geometry& g, Part part, bool coded) {
   if (part == kSinks) return g.sink_slots;
   return part == kFar || !coded ? g.window : g.recent;
@@ -21,12 +21,14 @@ Status map_tensors(const Geometry& g, const PrefillOperands<Element>& views, Til
     const auto width = static_cast<unsigned>(kind == kKeyTiles ? g.head_size : g.value_size);
     for (const Part part : {kSinks, kFar, kNear}) {
       const Held<Element>& held = (kind == kKeyTiles ? views.keys : views.values)[part];
-      const void* tensors[2] = {held.slots, held.fresh};
-      const int rows[2] = {slots_of(g, part, views.coded), g.tokens};
+      const auto slots = static_cast<unsigned>(slots_of(g, part, views.coded));
+      const auto fresh = static_cast<unsigned>(shown_tokens(g, part));
+      const auto tokens = static_cast<unsigned>(g.tokens);
+      const device::TileTensor tensors[2] = {{held.slots, width, slots, slots, heads},
+                                             {held.fresh, width, fresh, tokens, heads}};
       for (int i = 0; i < 2; ++i) {
-        if (tensors[i] == nullptr || rows[i] == 0) continue;  // the format has no such part
-        const Status made = device::make_tile_map(maps.tensors[kind][part][i], tensors[i], width,
-                                                  static_cast<unsigned>(rows[i]), heads, Traits::kKeys);
+        if (tensors[i].data == nullptr || tensors[i].rows == 0) continue;  // the format has no such part
+        const Status made = device::make_tile_map(maps.tensors[kind][part][i], tensors[i], Traits::kKeys);
         if (!made) return made;
       }
     }

@@ -5,9 +5,9 @@
 // softmax are those of the portable kernel.
 //
 // A tile whose keys lie one behind the other is copied as a box of kKeys rows, if each of them holds a token
-// or lies outside the tensor, where boxes are filled with zeros. Others (at a wrap of the ring, between ring
-// and new tokens, before slots that nobody wrote) are copied in pieces of 16 bytes into the same layout:
-// where the tokens end is known to the device alone, so no map of a tensor could end there.
+// or lies outside what the map shows, where boxes are filled with zeros. Others (at a wrap of the ring,
+// between ring and new tokens, before slots that nobody wrote) are copied in pieces of 16 bytes into the same
+// layout: where the tokens end is known to the device alone, so no map of a tensor could end there.
 #pragma once
 
 #include "kernels/attention_prefill_block.h"
@@ -49,6 +49,11 @@ struct WarpgroupTraits {
   static_assert(kRows == prefill_rows(kSize), "blocks take as many rows as the planner counts");
   static_assert(kSharedBytes <= 227 * 1024, "what a block of Hopper may have");
 };
+
+// How many of a call's tokens boxes of a part show: for sinks no others, whose NaN every query would meet.
+constexpr int shown_tokens(const Geometry& g, int part) {
+  return part == kSinks && g.sinks < g.tokens ? g.sinks : g.tokens;
+}
 
 // Boxes of each part's slots and of the call's tokens.
 struct TileMaps {
@@ -147,11 +152,11 @@ class WarpgroupPrefill : PrefillBlock<Traits> {
     }
   }
 
-  // Whether kKeys rows from the tile's first one on hold tokens, or lie outside the tensor.
+  // Whether kKeys rows from the tile's first one on hold tokens, or lie outside what boxes show.
   ROTEXPORT_DEVICE bool is_box(const Tile& tile, const Storage& storage, int fresh) const {
     const int last = Block::last_key(tile);
     const Places& places = storage.places;
-    if (storage.all_fresh) return fresh == g_.tokens || places.token(last) < fresh;
+    if (storage.all_fresh) return fresh >= shown_tokens(g_, tile.part) || places.token(last) < fresh;
     const int last_needed = last < range(tile.part).last ? last : range(tile.part).last;
     if (!Block::in_a_row(tile, storage, last_needed)) return false;
     const int written = past_ - (tile.part == kSinks ? 0 : g_.sinks);

@@ -10,13 +10,11 @@
 
 namespace device {
 
-// A tensor [heads, rows, columns] of 16-bit elements in global memory, of which boxes of kTileColumns columns
-// are copied.
+// A tensor of which boxes of kTileColumns columns are copied.
 using TileMap = CUtensorMap;
 constexpr unsigned kTileColumns = 64;
 
-inline Status make_tile_map(TileMap& map, const void* data, unsigned columns, unsigned rows, unsigned heads,
-                            unsigned box_rows) {
+inline Status make_tile_map(TileMap& map, const TileTensor& tensor, unsigned box_rows) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   constexpr unsigned kSince = 12000;  // version of CUDA
   void* found = nullptr;
@@ -25,12 +23,13 @@ inline Status make_tile_map(TileMap& map, const void* data, unsigned columns, un
       cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, kSince, cudaEnableDefault, &answer);
   if (error != cudaSuccess) return {cudaGetErrorString(error)};
   if (answer != cudaDriverEntryPointSuccess) return {"the driver has no cuTensorMapEncodeTiled: update it"};
-  const cuuint64_t sizes[3] = {columns, rows, heads};
-  const cuuint64_t strides[2] = {cuuint64_t{columns} * 2, cuuint64_t{rows} * columns * 2};
+  const cuuint64_t row_bytes = cuuint64_t{tensor.columns} * 2;
+  const cuuint64_t sizes[3] = {tensor.columns, tensor.rows, tensor.heads};
+  const cuuint64_t strides[2] = {row_bytes, tensor.head_rows * row_bytes};
   const cuuint32_t box[3] = {kTileColumns, box_rows, 1};
   const cuuint32_t steps[3] = {1, 1, 1};
   const CUresult encoded = reinterpret_cast<Encode>(found)(
-      &map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(data), sizes, strides, box, steps,
+      &map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(tensor.data), sizes, strides, box, steps,
       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return {encoded == CUDA_SUCCESS ? nullptr : "the driver refused a tensor as a map of tiles"};

@@ -4,6 +4,20 @@
 
 #include "kernels/device.h"
 
+namespace device {
+
+// A tensor [heads, head_rows, columns] of 16-bit elements in global memory. Tile copies see `rows` of each
+// head: behind them are zeros.
+struct TileTensor {
+  const void* data;
+  unsigned columns;
+  unsigned rows;
+  unsigned head_rows;
+  unsigned heads;
+};
+
+}  // namespace device
+
 #ifdef ROTEXPORT_EMULATOR
 #  include "emulator/warpgroup_device.h"
 #else

@@ -195,7 +195,7 @@ int planted_warpgroup(const char* bug, uint64_t schedule, const uint16_t* query,
   Operands operands{};
   operands.query = static_cast<const Half*>(buffers.upload(query, kQueries * 2, "query"));
   const void* held = buffers.upload(keys, kRounds * kKeysHeld * kSize * 2, "keys");
-  device::make_tile_map(operands.keys, held, kSize, kKeysHeld, kRounds, kSize);
+  device::make_tile_map(operands.keys, {held, kSize, kKeysHeld, kKeysHeld, kRounds}, kSize);
   operands.products = static_cast<float*>(buffers.allocate(kQueries * 4, "products"));
   operands.outputs = static_cast<float*>(buffers.allocate(kQueries * 4, "outputs"));
   machine.set_schedule(schedule);
