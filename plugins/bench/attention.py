@@ -157,7 +157,7 @@ def measure_prefill(kernels: AttentionKernels, attention: Attention, tokens: int
     call = Call(attention, new, *lengths, attention.cache(1, device), special)
     others = causal_seconds(attention, new)
     ways = [("", kernels)]
-    if kernels.has_warpgroups and max(attention.head_size, attention.value_size) in {64, 112, 128}:
+    if kernels.takes_warpgroups(call):
         ways.append((WARPGROUPS, replace(kernels, on_warpgroups=True)))
     for where, kernels_there in ways:
         seconds = {"kernel": median_seconds([kernels_there.prepare(call).run])}

@@ -58,7 +58,13 @@ BENCH_API int attention_workspace(const sink_window_attention::Problem* problem,
 
 BENCH_API int attention_has_warpgroups() { return sink_window_attention::has_warpgroups() ? 1 : 0; }
 
-// Decoding, and prefill of sizes that have no such kernel, run as they would without `on_warpgroups`.
+// Whether `on_warpgroups` makes a difference to a problem.
+BENCH_API int attention_takes_warpgroups(const sink_window_attention::Problem* problem) {
+  sink_window_attention::Plan plan;
+  const bool taken = make_plan(*problem, false, plan) && warpgroups_take(plan);
+  return taken && sink_window_attention::has_warpgroups() ? 1 : 0;
+}
+
 BENCH_API int attention_run(const sink_window_attention::Problem* problem,
                             const sink_window_attention::Operands* operands, int on_warpgroups, void* stream,
                             char* message, size_t capacity) {

@@ -215,16 +215,24 @@ class AttentionKernels:
         """Whether library and GPU have kernels of warpgroups."""
         return bool(self.library.attention_has_warpgroups())
 
-    def prepare(self, call: Call) -> Launch:
-        """Bind the kernels to a call and a new output, which is poisoned."""
+    def takes_warpgroups(self, call: Call) -> bool:
+        """Whether this call has a kernel of warpgroups here."""
+        return bool(self.library.attention_takes_warpgroups(ctypes.byref(self._problem(call))))
+
+    def _problem(self, call: Call) -> AttentionProblem:
         a = call.attention
-        query, value = call.new["query"], call.new["value"]
-        batch, _, tokens, _ = query.shape
-        problem = AttentionProblem(
+        batch, _, tokens, _ = call.new["query"].shape
+        return AttentionProblem(
             *(TYPES[a.dtype], FORMATS[a.bits], batch, tokens, a.query_heads, a.kv_heads),
             *(a.head_size, a.value_size, a.sinks, a.window, a.recent),
             *(a.groups(a.head_size), a.groups(a.value_size), a.angles, a.rotated, a.scale, a.softcap),
         )
+
+    def prepare(self, call: Call) -> Launch:
+        """Bind the kernels to a call and a new output, which is poisoned."""
+        a = call.attention
+        problem = self._problem(call)
+        query, value = call.new["query"], call.new["value"]
         workspace_bytes = ctypes.c_size_t()
         self._call("attention_workspace", ctypes.byref(problem), ctypes.byref(workspace_bytes))
         output = torch.full((*query.shape[:3], value.shape[3]), torch.nan, dtype=a.dtype, device=query.device)
