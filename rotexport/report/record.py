@@ -332,7 +332,9 @@ def plan_text(plan: Sequence[SitePlan]) -> str:
         activations = site.activations.format
         if site.activations.enabled:
             activations += f" {site.activations.mode}, groups of {site.activation_group}"
+            activations += "" if site.activations.symmetric else ", asymmetric"
         weights = site.weights.format + (f", groups of {site.weight_group}" if site.weights.enabled else "")
+        weights += "" if site.weights.symmetric else ", asymmetric"
         key = (role, f"weights {weights}; activations {activations}")
         roles[key] = roles.get(key, 0) + 1
     return "\n".join(f"{count:>4} x {role:<8} {treatment}" for (role, treatment), count in roles.items())

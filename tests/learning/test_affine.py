@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rotexport.learning.affine import KroneckerAffine, kronecker_sizes
+from rotexport.learning.affine import Factor, KroneckerAffine, kronecker, kronecker_sizes
 
 
 def moved(size: int, seed: int) -> KroneckerAffine:
@@ -65,3 +65,33 @@ def test_gradients_reach_every_part() -> None:
     affine(torch.randn(3, 12, generator=torch.Generator().manual_seed(0))).pow(4).sum().backward()
     for name, parameter in affine.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def moved_factor(size: int, seed: int) -> Factor:
+    factor, generator = Factor(size, seed), torch.Generator().manual_seed(seed)
+    for parameter in factor.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return factor.double()
+
+
+@settings(max_examples=25, deadline=None)
+@given(size=st.integers(1, 70), seed=st.integers(0, 99))
+def test_queries_and_keys_meet_as_before_whatever_was_learned(size: int, seed: int) -> None:
+    factor, generator = moved_factor(size, seed), torch.Generator().manual_seed(seed + 1)
+    query, key = (torch.randn(4, size, dtype=torch.float64, generator=generator) for _ in range(2))
+    logits = (query @ factor.contragredient()) @ (key @ factor.matrix()).mT
+    torch.testing.assert_close(logits, query @ key.mT, atol=1e-9, rtol=1e-9)
+    np.testing.assert_allclose(factor.exact(), factor.matrix().detach().numpy(), atol=1e-12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(heads=st.integers(1, 13), size=st.integers(1, 9), seed=st.integers(0, 99))
+def test_mixed_heads_are_undone_in_the_weight(heads: int, size: int, seed: int) -> None:
+    factor, generator = moved_factor(heads, seed), torch.Generator().manual_seed(seed + 1)
+    x = torch.randn(5, heads * size, dtype=torch.float64, generator=generator)
+    weight = torch.randn(heads * size, 3, dtype=torch.float64, generator=generator)
+    mixed, matrix = kronecker(x, factor.matrix(), None), factor.matrix().detach()
+    dense = torch.kron(matrix, torch.eye(size, dtype=torch.float64))
+    torch.testing.assert_close(mixed, x @ dense, atol=1e-9, rtol=1e-9)
+    undone = kronecker(weight.mT, factor.contragredient(), None).mT
+    torch.testing.assert_close(mixed @ undone, x @ weight, atol=1e-8, rtol=1e-8)

@@ -79,3 +79,29 @@ def test_the_report_shows_each_block_before_and_after_every_step(tmp_path: Path)
 def test_a_build_that_only_rounds_measures_no_steps(tmp_path: Path) -> None:
     report = build(tiny_model("llama"), tmp_path / "out", from_mapping({"dtype": "fp32"}))
     assert report.steps == () and report.clips == ()
+
+
+def test_a_build_that_is_resumed_learns_nothing_twice(tmp_path: Path) -> None:
+    recipe = from_mapping(
+        {
+            "dtype": "fp32",
+            "rotations": {"r1": "learned"},
+            "weights": {"format": "int4", "group": 16, "method": "gptq"},
+            "activations": {"format": "int4", "mode": "dynamic"},
+            "kv_cache": {"key": "int4", "value": "int4"},
+            "calibration_windows": 2,
+            "learn_rotations": {"steps": 4, "windows": 2},
+            "learn_affine": {"steps": 2, "clip_rate": 0.05, "windows": 2},
+            "clip_search": {"candidates": 3, "windows": 1},
+            "distill": {"steps": 2},
+        }
+    )
+    options, logits, kept = BuildOptions(validate=False, resume=tmp_path / "kept"), [], []
+    for name in ("first", "second"):
+        build(tiny_model("llama"), tmp_path / name, recipe, options)
+        logits.append(OnnxModel(tmp_path / name / "model.onnx").run(TOKENS)["logits"])
+        results = [*(tmp_path / "kept").rglob("*.pt"), *(tmp_path / "kept").glob("block-*.npz")]
+        kept.append({path: path.stat().st_mtime_ns for path in results})
+    assert {path.parent.name for path in kept[0]} == {"rotations", "transforms", "kept"}
+    assert kept[0] == kept[1]
+    np.testing.assert_array_equal(*logits)
