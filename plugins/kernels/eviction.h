@@ -93,6 +93,7 @@ struct Offsets {
   size_t sums;      // float [rows, splits, value_size]: parts of outputs, where keys are split
   size_t weights;   // float [rows, splits, 2]: their maxima and sums
   size_t stats;     // float [rows, 2]: maximum and sum of each query's softmax
+  size_t logits;    // float [heads, rows of a head, window + tokens]: of few queries, as softmax takes them
   size_t mass;      // float [heads, window + tokens]: slots first, then the call's tokens
   size_t norm;      // the same
   size_t score;     // float [heads, tokens + window]: the newest first, then slots
@@ -108,6 +109,7 @@ struct Plan {
   Geometry geometry;
   Rules rules;
   int size;  // heads are padded to it
+  bool few;  // queries: logits are kept, so that what tokens drew needs no second look at the cache
   Offsets offsets;
   size_t workspace_bytes;
 };

@@ -93,26 +93,18 @@ class Attend {
       }
       weigh(tile);
       multiply_values();
+      if (keeps_logits() && tile.part != kSinks) write_norms(tile);
       tile = next;
     }
     finish();
   }
 
   ROTEXPORT_DEVICE void prepare() {
-    const int seen_sinks = g_.sinks <= last_query_ ? g_.sinks : last_query_ + 1;
-    const int past = tokens_.row.past;
-    const int nearest = first_query_ - rules_.context + 1;  // context reaches 2^31 - 1, positions are >= 0
-    first_fresh_ = nearest < past ? past : nearest;
-    if (first_fresh_ < g_.sinks) first_fresh_ = g_.sinks;
-    sink_tiles_ = tiles_of(seen_sinks, kTile);
-    slot_tiles_ = past > g_.sinks ? tiles_of(g_.window, kTile) : 0;
-    sloped_ = false;
-    for (int i = lane(); i < 16; i += 32) {
-      const RowFacts facts = facts_of(g_, views_.decay, past, cache_head(), first_row() + warp_row() + i);
-      query_.store(note_at(warp_row() + i), facts);
-      sloped_ |= facts.slope != 0;
+    if (lane() < 16) {
+      const int row = warp_row() + lane();
+      query_.store(note_at(row),
+                   facts_of(g_, views_.decay, tokens_.row.past, cache_head(), first_row() + row));
     }
-    sloped_ = device::any(sloped_);
     device::warp_barrier();
     ROTEXPORT_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -137,16 +129,28 @@ class Attend {
     }
   }
 
+  // Of the tiles that some query may see: sinks come first, then slots, then new tokens.
+  ROTEXPORT_DEVICE int sink_tiles() const {
+    return tiles_of(g_.sinks <= last_query_ ? g_.sinks : last_query_ + 1, kTile);
+  }
+  ROTEXPORT_DEVICE int slot_tiles() const {
+    return tokens_.row.past > g_.sinks ? tiles_of(g_.window, kTile) : 0;
+  }
+  ROTEXPORT_DEVICE int first_fresh() const {
+    const int nearest = first_query_ - rules_.context + 1;
+    const int first = nearest < tokens_.row.past ? tokens_.row.past : nearest;
+    return first < g_.sinks ? g_.sinks : first;
+  }
   ROTEXPORT_DEVICE int count_tiles() const {
-    const int fresh = last_query_ - first_fresh_ + 1;
-    return sink_tiles_ + slot_tiles_ + (fresh > 0 ? tiles_of(fresh, kTile) : 0);
+    const int fresh = last_query_ - first_fresh() + 1;
+    return sink_tiles() + slot_tiles() + (fresh > 0 ? tiles_of(fresh, kTile) : 0);
   }
   // The first tile from `index` on that holds a token which some query sees. All warps find the same.
   ROTEXPORT_DEVICE Tile seen_from(int index, int end) const {
     for (; index < end; ++index) {
-      if (index < sink_tiles_) return {index, kSinks, index * kTile, {}};
-      const int behind = index - sink_tiles_;
-      if (behind >= slot_tiles_) return {index, kFresh, first_fresh_ + (behind - slot_tiles_) * kTile, {}};
+      if (index < sink_tiles()) return {index, kSinks, index * kTile, {}};
+      const int behind = index - sink_tiles();
+      if (behind >= slot_tiles()) return {index, kFresh, first_fresh() + (behind - slot_tiles()) * kTile, {}};
       Tile tile = {index, kSlots, behind * kTile, {}};
       bool seen = false;
       ROTEXPORT_UNROLL
@@ -260,8 +264,9 @@ class Attend {
   ROTEXPORT_DEVICE void weigh(const Tile& tile) {
     if (!has_rows()) return;
     const Curve curve(g_);
-    const bool plain = shows_all(tile) && !sloped_ && !(curve.cap > 0);
+    const bool plain = !keeps_logits() && !(curve.cap > 0) && shows_all(tile) && !slopes();
     if (!plain) bend(curve, tile);
+    if (keeps_logits() && tile.part != kSinks) write_logits(tile);
     const float factor = plain ? curve.factor : 1.0f;
     bool shrinking = false;
     float shrinks[2];
@@ -291,6 +296,12 @@ class Attend {
     for (int i = 0; i < 4 * 2 * Traits::kSteps; ++i) output_[i / 4][i % 4] *= shrinks[i % 4 / 2];
   }
 
+  // Whether the logits of some row of the warp decay.
+  ROTEXPORT_DEVICE bool slopes() const {
+    const int row = warp_row() + lane() % 16;
+    return device::any(query_.template load<RowFacts>(note_at(row)).slope != 0);
+  }
+
   // Whether all queries see all keys of a tile; of slots it is not known.
   ROTEXPORT_DEVICE bool shows_all(const Tile& tile) const {
     const int last = tile.first + kTile - 1;
@@ -318,6 +329,44 @@ class Attend {
         const bool seen = distance >= 0 && distance < reach;
         x = seen ? curve(x) - facts[half].slope * static_cast<float>(distance) : kHidden;
       }
+    }
+  }
+
+  // Where slots and new tokens have their numbers: the first of a tile.
+  ROTEXPORT_DEVICE int column(const Tile& tile) const {
+    return tile.part == kSlots ? tile.first : g_.window + tile.first - tokens_.row.past;
+  }
+
+  // Keeps the logits of real queries.
+  ROTEXPORT_DEVICE void write_logits(const Tile& tile) const {
+    ROTEXPORT_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp_row() + 8 * half + lane() / 4;
+      if (!is_real(row)) continue;
+      const auto logits = row_of(views_.scratch.logits, row, g_.window + g_.tokens).from(column(tile));
+      ROTEXPORT_UNROLL
+      for (int i = 0; i < 2 * Traits::kKeyTiles; ++i) {
+        const int key = i / 2 * 8 + lane() % 4 * 2 + i % 2;
+        const bool exists = value_.template load<int>(note_at(key)) <= last_query_;
+        if (exists) logits.store(key, products_[i / 2][2 * half + i % 2]);
+      }
+    }
+  }
+
+  // Of the tile's values: eight lanes take one.
+  ROTEXPORT_DEVICE void write_norms(const Tile& tile) const {
+    const auto norms = device::Global<float>(views_.scratch.norm)
+                           .from(int64_t{cache_head()} * (g_.window + g_.tokens) + column(tile));
+    ROTEXPORT_ROLL
+    for (int i = thread() / 8; i < kTile; i += Traits::kThreads / 8) {
+      const bool exists = value_.template load<int>(note_at(i)) <= last_query_;
+      float sum = 0;
+      ROTEXPORT_UNROLL
+      for (int channel = thread() % 8 * 8; channel < Traits::kSize; channel += 64) {
+        sum += sum_of_squares<Element>(value_.template load<Chunk>(i * Traits::kStride + channel));
+      }
+      sum = sum_of_eight(sum);
+      if (exists && thread() % 8 == 0) norms.store(i, sqrtf(sum));
     }
   }
 
@@ -410,6 +459,8 @@ class Attend {
     return device::Global<float>(numbers).from(packed * count);
   }
 
+  ROTEXPORT_DEVICE bool keeps_logits() const { return views_.scratch.logits != nullptr; }
+
   // Whether a row of this block is one of a token, and whether this warp has one.
   ROTEXPORT_DEVICE bool is_real(int row) const { return first_row() + row < tokens_.row.fresh * g_.repeat; }
   ROTEXPORT_DEVICE bool has_rows() const { return is_real(warp_row()); }
@@ -433,10 +484,6 @@ class Attend {
   device::Shared<Element> value_;
   int first_query_;
   int last_query_;
-  int first_fresh_;
-  int sink_tiles_;
-  int slot_tiles_;
-  bool sloped_;
   float maximum_[2];
   float sum_[2];
   float products_[Traits::kKeyTiles][4];
@@ -444,7 +491,7 @@ class Attend {
 };
 
 template <class Traits>
-ROTEXPORT_KERNEL void __launch_bounds__(Traits::kThreads)
+ROTEXPORT_KERNEL void __launch_bounds__(Traits::kThreads, 1)
     attend(Geometry geometry, Rules rules, Views<typename Traits::Element> views) {
   Attend<Traits>(geometry, rules, views).run();
 }

@@ -4,6 +4,7 @@
 #include "kernels/eviction_cache_kernel.h"
 #include "kernels/eviction_choose_kernel.h"
 #include "kernels/eviction_launch.h"
+#include "kernels/eviction_recall_kernel.h"
 #include "kernels/eviction_views.h"
 
 namespace eviction {
@@ -14,6 +15,16 @@ Status launch_combine(const Plan& plan, const Operands& operands, void* stream) 
   const auto blocks = static_cast<unsigned>(int64_t{g.batch} * g.query_heads * g.tokens);
   return device::launch(combine<Element>, {blocks, kCombineThreads, 0}, static_cast<device::Stream>(stream),
                         g, views_of<Element>(plan, operands));
+}
+
+template <class Element>
+Status launch_recall(const Plan& plan, const Operands& operands, void* stream) {
+  const Geometry& g = plan.geometry;
+  const auto blocks =
+      static_cast<unsigned>(g.batch * g.kv_heads * tiles_of(g.window + g.tokens, kRecallThreads));
+  return device::launch(recall<Element>, {blocks, kRecallThreads, kRecallShared},
+                        static_cast<device::Stream>(stream), g, plan.rules,
+                        views_of<Element>(plan, operands));
 }
 
 template <class Element>
@@ -36,6 +47,7 @@ Status launch_store(const Plan& plan, const Operands& operands, void* stream) {
 }
 
 template Status launch_combine<ROTEXPORT_ELEMENT>(const Plan&, const Operands&, void*);
+template Status launch_recall<ROTEXPORT_ELEMENT>(const Plan&, const Operands&, void*);
 template Status launch_choose<ROTEXPORT_ELEMENT>(const Plan&, const Operands&, void*);
 template Status launch_store<ROTEXPORT_ELEMENT>(const Plan&, const Operands&, void*);
 

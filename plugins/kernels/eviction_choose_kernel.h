@@ -105,6 +105,7 @@ class Choose {
     const int j = usable_position(number);
     if (j == kNone) return kUnusable;
     if (tokens_.end() - j <= rules_.recent) return kCertain;
+    if (tokens_.row.fresh == 0) return kCertain;  // nothing comes, so nothing goes
     const float worth = score * norm_.load<float>(column(number));
     return 1 + (worth > 0 ? device::float_bits(worth) : 0u);
   }

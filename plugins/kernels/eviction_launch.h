@@ -13,6 +13,10 @@ Status launch_attend(const Plan& plan, const Operands& operands, void* stream);
 template <class Element, int kSize>
 Status launch_mass(const Plan& plan, const Operands& operands, void* stream);
 
+// What each token drew from few queries.
+template <class Element>
+Status launch_recall(const Plan& plan, const Operands& operands, void* stream);
+
 // Outputs of their parts.
 template <class Element>
 Status launch_combine(const Plan& plan, const Operands& operands, void* stream);

@@ -28,14 +28,6 @@ struct MassTraits {
   static_assert(kKeys <= 2 * kTile, "keys pass through the two stages of queries");
 };
 
-// Of a query row: its weight of a logit is count * 2^(logit - maximum).
-struct alignas(16) QueryFacts {
-  int position;
-  float slope;
-  float maximum;
-  float count;
-};
-
 template <class Traits>
 class Mass {
   using Element = typename Traits::Element;
@@ -119,23 +111,13 @@ class Mass {
       ROTEXPORT_UNROLL
       for (int c = 0; c < Traits::kSize; c += 64) {
         const int channel = c + lane() % 8 * 8;
-        if (channel < g_.value_size) sum += squares(value.template load<Chunk>(channel));
+        if (channel < g_.value_size) sum += sum_of_squares<Element>(value.template load<Chunk>(channel));
       }
-      for (int lanes = 1; lanes < 8; lanes *= 2) sum += device::shuffle_xor(sum, lanes);
+      sum = sum_of_eight(sum);
       if (lane() % 8 == 0 && position(key) != kNone) {
         device::Global<float>(views_.scratch.norm).from(column(key)).store(0, sqrtf(sum));
       }
     }
-  }
-  static ROTEXPORT_DEVICE float squares(const Chunk& words) {
-    float sum = 0;
-    ROTEXPORT_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const float low = device::low_of<Element>(words.values[i]);
-      const float high = device::high_of<Element>(words.values[i]);
-      sum += low * low + high * high;
-    }
-    return sum;
   }
 
   // Starts to copy the block's keys to the queries' stages.
@@ -215,13 +197,7 @@ class Mass {
 
   ROTEXPORT_DEVICE QueryFacts facts_of_row(int packed, int end) const {
     if (packed >= end) return {kNone, 0, 0, 0};
-    const RowFacts facts = facts_of(g_, views_.decay, tokens_.row.past, head_, packed);
-    const auto stats = device::Global<const float>(views_.scratch.stats)
-                           .from((int64_t{head_} * g_.tokens * g_.repeat + packed) * 2)
-                           .template load<Vector<float, 2>>(0);
-    const bool fades = rules_.policy == Policy::kHeavyHitter;
-    const float importance = fades ? faded(rules_, tokens_.end() - 1 - facts.position) : 1.0f;
-    return {facts.position, facts.slope, reference_of(stats.values[0]), importance / stats.values[1]};
+    return query_facts(g_, rules_, views_, tokens_, head_, packed);
   }
 
   // Sixteen queries at a time.

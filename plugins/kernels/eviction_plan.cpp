@@ -79,10 +79,12 @@ void lay_out(const Geometry& g, Plan& plan) {
   const int64_t parts = g.splits > 1 ? rows * g.splits : 0;
   const int64_t columns = heads * (int64_t{g.window} + g.tokens);
   const int64_t slots = heads * g.window;
+  const int64_t logits = plan.few ? columns * g.tokens * g.repeat : 0;
   Sections sections;
   plan.offsets.sums = sections.add(parts * g.value_size);
   plan.offsets.weights = sections.add(parts * 2);
   plan.offsets.stats = sections.add(rows * 2);
+  plan.offsets.logits = sections.add(logits);
   for (size_t* section : {&plan.offsets.mass, &plan.offsets.norm, &plan.offsets.score, &plan.offsets.rank}) {
     *section = sections.add(columns);
   }
@@ -114,19 +116,20 @@ Status make_plan(const Problem& problem, Plan& plan) {
   const int64_t tiles = ceil_div(g.sinks, kTile) + ceil_div(g.window, kTile) + ceil_div(g.tokens, kTile);
   const int64_t useful = std::min<int64_t>(kMostSplits, tiles);
   g.splits = static_cast<int>(std::clamp<int64_t>(ceil_div(kWantedBlocks, blocks), 1, useful));
+  plan.few = int64_t{g.tokens} * g.repeat <= kFewRows;
   lay_out(g, plan);
   return {};
 }
 
-// Fewer rows are split into more parts, so the largest batch does not always need most: all are tried that
-// are split at all.
+// Fewer rows are split into more parts, or keep logits, so the largest call does not always need most: all
+// are tried that are split or keep them.
 size_t largest_workspace(const Problem& problem) {
   Plan plan{};
   size_t bytes = make_plan(problem, plan) ? plan.workspace_bytes : 0;
   Problem fewer = problem;
   for (fewer.batch = 1; fewer.batch <= problem.batch; ++fewer.batch) {
     for (fewer.tokens = 1; fewer.tokens <= problem.tokens; ++fewer.tokens) {
-      if (!make_plan(fewer, plan) || plan.geometry.splits == 1) break;
+      if (!make_plan(fewer, plan) || (plan.geometry.splits == 1 && !plan.few)) break;
       bytes = std::max(bytes, plan.workspace_bytes);
     }
   }

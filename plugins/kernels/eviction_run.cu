@@ -10,7 +10,9 @@ template <class Element, int kSize>
 Status run_products(const Plan& plan, const Operands& operands, void* stream) {
   Status status = launch_attend<Element, kSize>(plan, operands, stream);
   if (status && plan.geometry.splits > 1) status = launch_combine<Element>(plan, operands, stream);
-  return status ? launch_mass<Element, kSize>(plan, operands, stream) : status;
+  if (!status) return status;
+  return plan.few ? launch_recall<Element>(plan, operands, stream)
+                  : launch_mass<Element, kSize>(plan, operands, stream);
 }
 
 template <class Element>

@@ -20,17 +20,10 @@ Views<Element> views_of(const Plan& plan, const Operands& operands) {
   views.new_length = operands.new_length;
   views.decay = operands.decay;
   views.cache = operands.present;
-  views.scratch = {floats(at.sums),
-                   floats(at.weights),
-                   floats(at.stats),
-                   floats(at.mass),
-                   floats(at.norm),
-                   floats(at.score),
-                   reinterpret_cast<uint32_t*>(workspace + at.rank),
-                   ints(at.source),
-                   ints(at.position),
-                   floats(at.kept),
-                   ints(at.moves)};
+  views.scratch = {
+      floats(at.sums), floats(at.weights), floats(at.stats), plan.few ? floats(at.logits) : nullptr,
+      floats(at.mass), floats(at.norm),    floats(at.score), reinterpret_cast<uint32_t*>(workspace + at.rank),
+      ints(at.source), ints(at.position),  floats(at.kept),  ints(at.moves)};
   views.output = static_cast<Element*>(operands.output);
   return views;
 }
