@@ -27,6 +27,7 @@ from rotexport.learning.principal import principal
 from rotexport.learning.spin import spin
 from rotexport.observe import observe_inputs, observe_keys, observe_power, outliers
 from rotexport.output import MODEL, ROTATIONS, OutputDirectory
+from rotexport.passes.fuse_key_rotations import FuseKeyRotations
 from rotexport.passes.smooth_inputs import SmoothDownInputs
 from rotexport.pipeline import (
     Calibrated,
@@ -189,6 +190,8 @@ def _compile(prepared: Prepared, options: BuildOptions, folder: Path, stages: St
 
         with stages("quantize") as stage:
             pipeline.run(quantization_passes(recipe, plan, calibrated), stage.detail)
+            if options.plugins is not None:
+                pipeline.run([FuseKeyRotations()], stage.detail)
 
         with stages("write"):
             save_model(graph, folder / MODEL, WeightFile(folder / f"{MODEL}.data", source=scratch))
