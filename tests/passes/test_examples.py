@@ -20,6 +20,7 @@ from rotexport.graph.io import WeightFile, save_model
 from rotexport.passes.base import Pass
 from rotexport.passes.center_layernorms import CenterLayerNorms
 from rotexport.passes.fold_norms import FoldNorms
+from rotexport.passes.fuse_key_rotations import FuseKeyRotations
 from rotexport.passes.lasting_positions import LastingPositions
 from rotexport.passes.place_linears import PlaceLinears
 from rotexport.passes.precision import SetPrecision
@@ -78,6 +79,7 @@ PASSES: dict[str, Pass] = {
         QuantizeCache(CacheScheme("int8", "none")),
         StreamAttention(AttentionScheme("streaming", sinks=1, window=3)),
         LastingPositions(step=4, steps=4),
+        FuseKeyRotations(),
         ShareWeights(),
     )
 }
