@@ -91,7 +91,7 @@ def test_every_preset_becomes_an_engine_with_the_kernels_it_asks_for(
 def test_weights_chosen_on_text_are_reported_and_better_than_rounded_ones(
     llama, preset: str, tmp_path: Path
 ) -> None:
-    recipe = load_recipe(preset, ["distill.steps=0", "gptq.windows=64"])  # of 64 tokens
+    recipe = load_recipe(preset, ["calibration_windows=64"])  # of 64 tokens
     report = rotexport.build(llama, tmp_path / "chosen", recipe)
     rounded = replace(recipe, weights=replace(recipe.weights, method="search"))
     plain = rotexport.build(llama, tmp_path / "rounded", rounded)

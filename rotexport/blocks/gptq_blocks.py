@@ -49,8 +49,10 @@ class GptqMethod:
     """A `BlockMethod`: quantizes the sites whose scheme says "gptq", and rounds the others.
 
     With feedback, what is multiplied are the inputs as they are quantized, and the aim is the float network's
-    output: the best real weight for that, W + (H + λI)⁻¹ (C - H) W with C = E[x̂ᵀx], takes W's place. Without,
-    activations stay float while collecting, as in QuaRot.
+    output: the best real weight for that, W + (H + λI)⁻¹ (C - H) W with C = E[x̂ᵀx], takes W's place. H and C
+    are estimates: without a ridge λ of H's own magnitude the aim follows the noise of a few windows, and is
+    worse on other text than the weight. Without feedback, activations stay float while collecting, as in
+    QuaRot.
     """
 
     settings: GptqSettings
@@ -108,7 +110,11 @@ class GptqMethod:
         if site.weights.method != "gptq":
             return _apart(rounded, weights), {}
         hessian = damped(moments.second, self.settings.damping)
-        aim = self._aim(weight, hessian, moments)
+        aim = (
+            best_real(weight, damped(hessian, self.settings.ridge), moments)
+            if self.settings.feedback
+            else weight
+        )
         grid = _grid(site, aim)
         codes = gptq(aim, hessian, grid, self.settings)
         narrow = hessian.astype(np.float32)
@@ -120,15 +126,6 @@ class GptqMethod:
             losses["descent"] = loss(aim, codes * grid.expanded(len(codes)), narrow) / power
         return _apart(grid.finish(codes), weights), losses
 
-    def _aim(self, weight: Array, hessian: Array, moments: Moments) -> Array:
-        """Return the real weight that GPTQ rounds."""
-        if not self.settings.feedback:
-            return weight
-        gap = torch.from_numpy((moments.cross - moments.second) @ weight.astype(np.float64))
-        factor = torch.linalg.cholesky(torch.from_numpy(hessian))
-        aim: Array = weight + torch.cholesky_solve(gap, factor).numpy().astype(np.float32)
-        return aim
-
     def _finish(
         self, outputs: Stream, task: BlockTask, values: list[dict[str, Tensor]], edits: Edits
     ) -> None:
@@ -136,6 +133,17 @@ class GptqMethod:
         for windows, reached in zip(outputs.batches(), values, strict=True):
             task.block.advance(reached, task.block.block.output, edits)
             outputs[windows] = reached.pop(task.block.block.output)
+
+
+def best_real(weight: Array, hessian: Array, moments: Moments) -> Array:
+    """Return what turns quantized inputs into the products x W best, for W [K, N]: W + H⁻¹ (C - x̂ᵀx̂) W.
+
+    `hessian` H [K, K] is x̂ᵀx̂ with whatever keeps the result near W.
+    """
+    gap = torch.from_numpy((moments.cross - moments.second) @ weight.astype(np.float64))
+    factor = torch.linalg.cholesky(torch.from_numpy(hessian))
+    result: Array = weight + torch.cholesky_solve(gap, factor).numpy().astype(np.float32)
+    return result
 
 
 def _with_weights(weights: dict[str, Tensor]) -> Edits:

@@ -56,8 +56,9 @@ class GptqSettings:
     `damping` times the mean of H's diagonal is added to it. `order` "activation" quantizes input channels by
     falling second moment. `sweeps` counts rounds of coordinate descent with refitted scales afterwards.
     `feedback` aims at the float network's outputs from the quantized network's inputs, instead of at the
-    float weight. Updates reach beyond `block` rows once per block, which changes speed only. `windows` of the
-    calibration windows, evenly spread, are looked at; None is all.
+    float weight; `ridge` times that mean keeps the aim near the weight where text does not tell it better.
+    Updates reach beyond `block` rows once per block, which changes speed only. `windows` of the calibration
+    windows, evenly spread, are looked at; None is all.
     """
 
     damping: float = 0.01
@@ -66,9 +67,12 @@ class GptqSettings:
     feedback: bool = True
     block: int = 32
     windows: int | None = None
+    ridge: float = 1.0
 
     def __post_init__(self) -> None:
         _check_fraction("gptq.damping", self.damping)
+        if not _is_number(self.ridge) or self.ridge < 0:
+            raise RecipeError(f"gptq.ridge: {self.ridge!r} is not a number of at least 0")
         _one_of("gptq.order", self.order, GPTQ_ORDERS)
         if not isinstance(self.sweeps, int) or self.sweeps < 0:
             raise RecipeError(f"gptq.sweeps: {self.sweeps!r} is not a number of rounds")

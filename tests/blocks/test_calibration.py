@@ -10,7 +10,7 @@ import torch
 from support.tiny import tiny_model
 
 from rotexport.blocks.calibration import Network, solve_blocks
-from rotexport.blocks.gptq_blocks import GptqMethod
+from rotexport.blocks.gptq_blocks import GptqMethod, Moments, best_real
 from rotexport.blocks.split import split_blocks
 from rotexport.blocks.torch_block import TorchBlock
 from rotexport.checkpoint import open_checkpoint
@@ -19,6 +19,7 @@ from rotexport.export import export
 from rotexport.graph.io import Scratch, save_model
 from rotexport.graph.weights import weight_of
 from rotexport.pipeline import Calibrated, Pipeline, plan_sites, quantization_passes, rotation_passes
+from rotexport.quant.gptq import damped
 from rotexport.quant.scheme import GptqSettings
 from rotexport.quant.solved import dequantized
 from rotexport.recipe import from_mapping
@@ -112,7 +113,7 @@ def test_feedback_follows_the_float_network_more_closely(tmp_path: Path) -> None
     )
     last = {}
     for feedback in (False, True):
-        method = GptqMethod(GptqSettings(feedback=feedback))
+        method = GptqMethod(GptqSettings(feedback=feedback, ridge=0))  # on the text itself
         _, results = run(network, tmp_path / str(feedback), method)
         last[feedback] = results[-1].error
     assert last[True] < 0.97 * last[False]
@@ -153,3 +154,25 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     run(network_of(W4A8), tmp_path)
     with pytest.raises(OutputError, match="holds a calibration of another model, recipe or text"):
         run(network_of(W4A8), tmp_path, GptqMethod(GptqSettings(sweeps=1)))
+
+
+def test_a_ridge_keeps_what_a_few_tokens_would_lead_astray() -> None:
+    generator = np.random.default_rng(0)
+    weight = generator.standard_normal((32, 8)).astype(np.float32)
+
+    def tokens(count: int) -> tuple[np.ndarray, np.ndarray]:
+        exact = generator.standard_normal((count, 32))
+        return exact, exact + 0.6 * generator.standard_normal(exact.shape)
+
+    exact, noisy = tokens(64)
+    moments = Moments(noisy.T @ noisy, noisy.T @ exact)
+    other_exact, other_noisy = tokens(4096)
+
+    def error(aim: np.ndarray) -> float:
+        return float(np.square(other_noisy @ aim - other_exact @ weight).mean())
+
+    free = best_real(weight, moments.second, moments)
+    np.testing.assert_allclose(free, np.linalg.lstsq(noisy, exact @ weight, rcond=None)[0], atol=1e-5)
+    ridged = best_real(weight, damped(moments.second, 1.0), moments)
+    assert error(ridged) < min(error(free), error(weight))
+    np.testing.assert_allclose(best_real(weight, damped(moments.second, 1e9), moments), weight, atol=1e-5)
