@@ -75,6 +75,7 @@ def test_the_last_matching_override_wins_and_the_head_stays_float() -> None:
         ({"gptq": {"ridge": -1}}, "gptq.ridge: -1 is not a number of at least 0"),
         ({"gptq": {"windows": 0}}, "gptq.windows: 0 is not a positive number of windows"),
         ({"kv_cache": {"key": "int2"}}, "kv_cache.key: int2 needs a bounded cache"),
+        ({"kv_cache": {"value": "fp8"}}, "kv_cache.value: fp8 needs a bounded cache"),
         ({"kv_cache": {"recent": 8}}, "kv_cache.recent: 8 needs a bounded cache"),
         ({"kv_cache": {"center": "yes"}}, "kv_cache.center: 'yes'"),
         ({"attention": {"kind": "streaming"}, "kv_cache": {"key": "int8"}}, "int8 and none"),

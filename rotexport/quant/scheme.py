@@ -10,7 +10,8 @@ from rotexport.errors import RecipeError
 Group: TypeAlias = int | Literal["auto"] | None
 
 LINEAR_FORMATS: Final = ("none", "int8", "int4", "fp8")
-CACHE_FORMATS: Final = ("none", "int8", "int4", "int2")
+CACHE_FORMATS: Final = ("none", "int8", "int4", "int2", "fp8")
+STREAMED_FORMATS: Final = ("int2", "fp8")  # of a cache that is bounded, not of one that grows
 METHODS: Final = ("rtn", "search", "gptq")
 GPTQ_ORDERS: Final = ("natural", "activation")
 MODES: Final = ("static", "dynamic")
@@ -210,8 +211,8 @@ class CacheScheme:
     def bounded_only(self) -> str | None:
         """The first setting that a cache which grows does not have, as `key: value`."""
         settings = {
-            "key: int2": self.key == "int2",
-            "value: int2": self.value == "int2",
+            f"key: {self.key}": self.key in STREAMED_FORMATS,
+            f"value: {self.value}": self.value in STREAMED_FORMATS,
             f"recent: {self.recent}": self.recent > 0,
             "center: true": self.center,
         }

@@ -6,7 +6,12 @@ slot (j - sinks) mod window. A ring in b bits holds, for each token and head,
     codes  int8 [size b / 8]    level - 2^(b-1) in two's complement, b bits each, the first channel lowest
     scale  [groups, 2]          scale and minimum of each group of channels: x = level scale + minimum
 
-where level = round((x - minimum) / scale) in 0 ... 2^b - 1. A second, short ring may hold the `recent` newest
+where level = round((x - minimum) / scale) in 0 ... 2^b - 1. A ring in fp8 holds float8e4m3fn numbers
+
+    codes  int8 [size]          their bytes
+    scale  [groups, 1]          largest magnitude of each group of channels / 448: x = number scale
+
+A second, short ring may hold the `recent` newest
 tokens in floating point. With an eviction policy slots hold any tokens, in floating point, and beside them
 
     position  int32    1 + position of the token, 0 for an empty slot
@@ -28,7 +33,7 @@ from rotexport.errors import RecipeError
 from rotexport.quant.scheme import Group, group_size
 from rotexport.streaming.eviction import OPERATORS, RING, Eviction
 
-BITS: Final = {"none": None, "int8": 8, "int4": 4, "int2": 2}
+BITS: Final = {"none": None, "int8": 8, "int4": 4, "int2": 2, "fp8": 8}
 INT8: Final = np.dtype(np.int8)
 KINDS: Final = ("key", "value")
 
@@ -39,26 +44,39 @@ class CacheFormat:
 
     `bits` None is the type of activations; `group` None the whole head. The `recent` newest tokens are kept
     in the type of activations beside the codes; `center` stores keys minus their calibrated mean, which turns
-    with their positions.
+    with their positions. `fp8` codes are float8 numbers, not levels of a grid.
     """
 
     bits: int | None = None
     group: Group = None
     recent: int = 0
     center: bool = False
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.recent, bool) or not isinstance(self.recent, int) or self.recent < 0:
             raise RecipeError(f"kv_cache.recent: {self.recent!r} is not a number of tokens")
         if self.bits is None and (self.recent or self.center):
             raise RecipeError("kv_cache.recent and kv_cache.center need a quantized cache; set its format")
+        if self.fp8 and (self.bits != BITS["fp8"] or self.recent or self.center):
+            raise RecipeError(
+                "kv_cache: fp8 stores every token of the window, as it is, in 8 bits; "
+                "set recent to 0 and center to false, or use int8"
+            )
 
     @classmethod
     def named(cls, name: str, group: Group = None, recent: int = 0, center: bool = False) -> CacheFormat:
-        """Return the format that recipes call `none`, `int8`, `int4` or `int2`."""
+        """Return the format that recipes call `none`, `int8`, `int4`, `int2` or `fp8`."""
         if name not in BITS:
             raise RecipeError(f"kv_cache: streaming stores {', '.join(BITS)}, not {name!r}")
-        return cls(BITS[name], group, recent, center)
+        return cls(BITS[name], group, recent, center, name == "fp8")
+
+    @property
+    def name(self) -> str:
+        """What recipes call the format of codes."""
+        if self.bits is None:
+            return "none"
+        return "fp8" if self.fp8 else f"int{self.bits}"
 
     @property
     def operator(self) -> str:
@@ -66,7 +84,7 @@ class CacheFormat:
         if self.bits is None:
             return "SinkWindowAttention"
         options = f"{'Centered' if self.center else ''}{'Recent' if self.recent else ''}"
-        return f"SinkWindowAttentionInt{self.bits}{options}"
+        return f"SinkWindowAttention{self.name.capitalize()}{options}"
 
 
 FLOAT_CACHE: Final = CacheFormat()
@@ -131,7 +149,7 @@ class LayerCache:
             found[f"window_{kind}"] = CacheTensor(INT8, (self.kv_heads, self.window, size * bits // 8))
         for kind, size in sizes.items():
             group = group_size(self.format.group, size, "kv_cache.group", f"a {kind} head")
-            shape = (self.kv_heads, self.window, size // group, 2)
+            shape = (self.kv_heads, self.window, size // group, 1 if self.format.fp8 else 2)
             found[f"window_{kind}_scale"] = CacheTensor(self.dtype, shape)
         if self.recent:
             for kind, size in sizes.items():

@@ -26,7 +26,11 @@ SMALLEST_STEP = 1e-6  # of a quantization grid: a constant group stays finite
 
 @dataclass(frozen=True)
 class Definition:
-    """The numbers of the definition; `bits` None stores floating point, `group` counts channels per scale."""
+    """The numbers of the definition.
+
+    `bits` None stores floating point, `fp8` float8e4m3fn in place of levels; `group` counts channels per
+    scale.
+    """
 
     sinks: int
     window: int
@@ -35,6 +39,20 @@ class Definition:
     bits: int | None = None
     group: int | None = None
     recent: int = 0
+    fp8: bool = False
+
+
+@dataclass(frozen=True)
+class Floats:
+    """A tensor [..., D] as float8e4m3fn numbers [..., D] times scales [..., D / group] of their groups."""
+
+    numbers: Tensor
+    scales: Tensor
+
+    def values(self) -> Tensor:
+        """Return numbers * scale [..., D]."""
+        group = self.numbers.shape[-1] // self.scales.shape[-1]
+        return self.numbers.double() * self.scales.repeat_interleave(group, dim=-1)
 
 
 @dataclass(frozen=True)
@@ -66,6 +84,17 @@ def quantize(x: Tensor, bits: int, group: int, scale_type: torch.dtype = torch.f
     minima = low.to(scale_type).double()
     levels = ((groups - minima[..., None]) / steps[..., None]).round().clamp(0, 2**bits - 1)
     return Grid(levels.flatten(-2), steps, minima)
+
+
+def to_fp8(x: Tensor, group: int, scale_type: torch.dtype = torch.float32) -> Floats:
+    """Round x [..., D] to float8e4m3fn numbers, the largest magnitude of `group` channels becoming 448.
+
+    Scales are rounded to `scale_type`, the type they are stored in, before numbers are chosen.
+    """
+    groups = x.double().unflatten(-1, (-1, group))
+    scales = (groups.abs().amax(-1) / 448).clamp(min=SMALLEST_STEP).to(scale_type).double()
+    numbers = (groups / scales[..., None]).clamp(-448, 448).float().to(torch.float8_e4m3fn)
+    return Floats(numbers.flatten(-2), scales)
 
 
 def visible(length: int, sinks: int, window: int) -> Tensor:
@@ -129,7 +158,8 @@ def attend(definition: Definition, row: Row, decay: Tensor, key_mean: Tensor | N
 def _stored(definition: Definition, x: Tensor) -> Tensor:
     if definition.bits is None:
         return x
-    return quantize(x, definition.bits, definition.group or x.shape[-1]).values()
+    group = definition.group or x.shape[-1]
+    return (to_fp8(x, group) if definition.fp8 else quantize(x, definition.bits, group)).values()
 
 
 def ring_positions(length: int, sinks: int, window: int) -> list[int | None]:

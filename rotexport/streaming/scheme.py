@@ -116,7 +116,7 @@ class AttentionScheme:
         if self.eviction.enabled and found.bits is not None:
             raise RecipeError(
                 f"attention.eviction: {self.eviction.policy} keeps tokens in floating point, not in "
-                f"int{found.bits}; set kv_cache.key and kv_cache.value to none, or eviction to none"
+                f"{found.name}; set kv_cache.key and kv_cache.value to none, or eviction to none"
             )
 
     @property

@@ -24,6 +24,7 @@ def test_sizes_by_hand() -> None:
     assert cache(CacheFormat()).nbytes == sinks + 2 * 3 * 1020 * 64 * 2
     assert cache(CacheFormat(8)).nbytes == sinks + 2 * 3 * 1020 * (64 + 4)
     assert cache(CacheFormat(4, 32)).nbytes == sinks + 2 * 3 * 1020 * (32 + 2 * 4)
+    assert cache(CacheFormat(8, 16, fp8=True)).nbytes == sinks + 2 * 3 * 1020 * (64 + 4 * 2)
     assert cache(CacheFormat(2, 16, 128)).nbytes == sinks + 2 * 3 * (1020 * (16 + 4 * 4) + 128 * 64 * 2)
 
 
@@ -53,6 +54,12 @@ def test_a_recent_ring_is_no_longer_than_the_window() -> None:
 def test_groups_and_bytes_must_fit(stored: CacheFormat, size: int, named: str) -> None:
     with pytest.raises(RecipeError, match=named):
         cache(stored, head_size=size, value_size=size).tensors()
+
+
+@pytest.mark.parametrize("options", [{"recent": 16}, {"center": True}, {"bits": 4}], ids=str)
+def test_fp8_is_stored_plainly(options: dict[str, int | bool]) -> None:
+    with pytest.raises(RecipeError, match="fp8 stores every token"):
+        CacheFormat(**{"bits": 8, "fp8": True} | options)
 
 
 @given(st.sampled_from([8, 4, 2]), st.data())

@@ -12,9 +12,9 @@ from rotexport.graph.io import to_proto
 from rotexport.streaming.oracle import Definition, visible
 
 TOLERANCE = 1e-5  # of the largest output: float32 against float64
-Stored = tuple[int | None, int, bool]  # bits, recent tokens, centered keys
+Stored = tuple[int | str | None, int, bool]  # bits or fp8, recent tokens, centered keys
 FORMATS: list[Stored] = [
-    *((bits, 0, False) for bits in (None, 8, 4, 2)),
+    *((bits, 0, False) for bits in (None, 8, 4, 2, "fp8")),
     *((8, 2, False), (4, 3, False), (2, 5, False)),
     *((8, 0, True), (4, 0, True), (2, 0, True), (8, 2, True), (4, 1, True), (2, 5, True)),
 ]
@@ -22,6 +22,10 @@ FORMATS: list[Stored] = [
 
 def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
     assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+def stored_in(bits: int | str | None) -> dict[str, int | bool | None]:
+    return {"bits": 8, "fp8": True} if bits == "fp8" else {"bits": bits}
 
 
 @st.composite
@@ -33,7 +37,7 @@ def shapes(draw: st.DrawFn, stored: Stored) -> Shape:
         window=draw(st.integers(max(recent, 1), 9)),
         scale=head_size**-0.5,
         softcap=draw(st.sampled_from([0.0, 0.0, 1.5])),
-        bits=bits,
+        **stored_in(bits),
         group=None if bits is None else draw(st.sampled_from([None, 4, 8])),
         recent=recent,
     )
@@ -74,7 +78,7 @@ def test_any_split_into_calls_gives_the_same_outputs_and_cache(
     stored: Stored, cuts: set[int], sinks: int, window: int
 ) -> None:
     bits, recent, center = stored
-    definition = Definition(sinks, window, scale=0.3, bits=bits, recent=recent)
+    definition = Definition(sinks, window, scale=0.3, recent=recent, **stored_in(bits))
     shape = Shape(definition, kv_heads=2, repeat=2, center=center)
     rng = np.random.default_rng(sinks)
     stream = random_stream(shape, 40, rng)
@@ -148,3 +152,30 @@ def test_the_reference_evaluator_runs_the_bodies_too() -> None:
     feeds |= {"positions": np.arange(9)[None], "decay": np.zeros(4, np.float32)}
     output = ReferenceEvaluator(to_proto(operator_graph(shape))).run(None, feeds)[0]
     assert_close(output[0], stream.expected(shape, feeds["decay"]))
+
+
+def test_every_number_of_fp8_is_kept() -> None:
+    """All finite bytes but -0, as keys whose largest is 448: scale 1, and what is stored is those bytes."""
+    finite = torch.arange(-127, 127).to(torch.int8)
+    finite = finite[finite.view(torch.float8_e4m3fn).float().isfinite()]
+    heads = torch.cat([finite, finite.new_zeros(256 - len(finite))]).reshape(4, 64)
+    heads[:, 0] = 126
+    shape = Shape(Definition(0, 4, scale=1.0, bits=8, fp8=True), head_size=64, value_size=64)
+    stream = random_stream(shape, 4, np.random.default_rng(0))
+    stream.key = heads.view(torch.float8_e4m3fn).float().numpy()[None]
+    _, cache = run_stream(shape, stream, [4])
+    np.testing.assert_array_equal(cache["window_key"][0, 0], heads.numpy())
+    np.testing.assert_array_equal(cache["window_key_scale"], 1)
+
+
+@pytest.mark.parametrize("size", [2.0**-6, 1.0, 256.0])
+def test_fp8_rounds_to_nearest_and_ties_to_even(size: float) -> None:
+    """Thirty-second steps across the power of two `size`, where the distance of numbers doubles."""
+    values = torch.full((1, 1, 64), 448.0)
+    values[0, 0, 1:] = size * (1 + torch.arange(-31, 32) / 32)
+    shape = Shape(Definition(0, 1, scale=1.0, bits=8, fp8=True), head_size=64, value_size=64)
+    stream = random_stream(shape, 1, np.random.default_rng(0))
+    stream.key = values.clamp(max=448).numpy()
+    _, cache = run_stream(shape, stream, [1])
+    expected = values.clamp(max=448).to(torch.float8_e4m3fn).view(torch.int8).numpy()
+    np.testing.assert_array_equal(cache["window_key"][0, 0], expected[0])

@@ -81,7 +81,9 @@ def test_operators_build_as_they_are(bits: int | None, recent: int, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "stored", [CacheFormat(), CacheFormat(8), CacheFormat(4), CacheFormat(2, 4, 4, True)], ids=str
+    "stored",
+    [CacheFormat(), CacheFormat(8), CacheFormat(4), CacheFormat(2, 4, 4, True), CacheFormat(8, fp8=True)],
+    ids=str,
 )
 def test_models_build_with_shared_expressions(stored: CacheFormat, tmp_path: Path) -> None:
     means = {layer: np.ones((2, 8)) for layer in range(2)}

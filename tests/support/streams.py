@@ -12,7 +12,7 @@ import torch
 
 from rotexport.graph.io import to_proto
 from rotexport.streaming.cache import CacheFormat, LayerCache
-from rotexport.streaming.oracle import Definition, Row, attend, pack, quantize, ring_positions
+from rotexport.streaming.oracle import Definition, Row, attend, pack, quantize, ring_positions, to_fp8
 
 ANGLES = 3
 
@@ -35,7 +35,7 @@ class Shape:
     @property
     def cache(self) -> LayerCache:
         d = self.definition
-        stored = CacheFormat(d.bits, d.group, d.recent, self.center)
+        stored = CacheFormat(d.bits, d.group, d.recent, self.center, d.fp8)
         sizes = (self.kv_heads, self.head_size, self.value_size)
         return LayerCache(*sizes, d.sinks, d.window, stored, np.dtype(np.float32))
 
@@ -84,11 +84,12 @@ def random_stream(shape: Shape, length: int, rng: np.random.Generator) -> Stream
         return Stream(
             *queries, normal(shape.kv_heads, shape.head_size), normal(shape.kv_heads, shape.value_size)
         )
-    stored = (
-        off_ties((shape.kv_heads, length, size), d.bits, d.group or size, rng)
-        for size in (shape.head_size, shape.value_size)
-    )
-    return Stream(*queries, *stored)
+
+    def stored(size: int) -> np.ndarray:
+        sizes, group = (shape.kv_heads, length, size), d.group or size
+        return fp8_off_ties(sizes, group, rng) if d.fp8 else off_ties(sizes, d.bits, group, rng)
+
+    return Stream(*queries, stored(shape.head_size), stored(shape.value_size))
 
 
 def off_ties(shape: tuple[int, ...], bits: int, group: int, rng: np.random.Generator) -> np.ndarray:
@@ -99,6 +100,19 @@ def off_ties(shape: tuple[int, ...], bits: int, group: int, rng: np.random.Gener
     step = rng.uniform(0.5, 2, (*levels.shape[:-1], 1)) * 3 / 2**bits
     values = rng.permuted(levels, axis=-1) * step + rng.normal(size=step.shape)
     return values.reshape(shape).astype(np.float32)
+
+
+def fp8_off_ties(shape: tuple[int, ...], group: int, rng: np.random.Generator) -> np.ndarray:
+    """Return values at most a third of the way to the next float8 number: both precisions round them alike."""
+    sizes = (*shape[:-1], shape[-1] // group, group)
+    bytes_ = torch.from_numpy(rng.integers(-127, 127, sizes).astype(np.int8))  # -127 ... 126: all but NaN, -0
+    numbers = bytes_.view(torch.float8_e4m3fn).float().nan_to_num().numpy()
+    quanta = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(numbers), 2**-6))) - 3)
+    inward = np.sign(numbers) * quanta * rng.uniform(0, 0.15, sizes)  # below a power of two quanta halve
+    numbers = numbers - inward
+    numbers[..., 0] = 448
+    scales = rng.uniform(0.5, 2, (*sizes[:-1], 1)) / 448
+    return (rng.permuted(numbers, axis=-1) * scales).reshape(shape).astype(np.float32)
 
 
 class Caller:
@@ -178,6 +192,12 @@ def _row_cache(shape: Shape, stream: Stream, length: int) -> dict[str, np.ndarra
         row[f"sink_{kind}"] = sinks.numpy()
         if d.bits is None:
             stored = {f"window_{kind}": tensor}
+        elif d.fp8:
+            floats = to_fp8(tensor, d.group or size)
+            stored = {
+                f"window_{kind}": floats.numbers.view(torch.int8),
+                f"window_{kind}_scale": floats.scales[..., None].float(),
+            }
         else:
             centered = kind == "key" and shape.center
             mean = torch.from_numpy(shape.key_means(tensor.shape[1])) if centered else torch.zeros(())
