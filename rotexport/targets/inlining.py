@@ -120,6 +120,7 @@ class _Sharing:
         if same := self._equal_input(node):
             self._same[node.output[0]] = same
             return
+        self._multiply_rows(node)
         self._type_casts(node)
         key = (node.op_type, node.domain, *node.input, "|", *(a.SerializeToString() for a in node.attribute))
         equal = self._seen.setdefault(key, list(node.output))
@@ -142,21 +143,47 @@ class _Sharing:
         first = self._value(node.input[0]) if node.op_type in ("MatMul", "Where") else None
         if first is None or first.size != 1:
             return None
+        others = [str(name) for name in node.input[1:]]
         if node.op_type == "MatMul":
-            return node.input[1] if first.shape == (1, 1) and first.item() == 1 else None
-        yes, no = node.input[1:]
+            return others[0] if first.shape == (1, 1) and first.item() == 1 else None
+        yes, no = others
         if first.ndim or not (self._has_shape_of(yes, no) or self._has_shape_of(no, yes)):
             return None
         return yes if first.item() else no
 
+    def _multiply_rows(self, node: onnx.NodeProto) -> None:
+        """Turn a product of rows, between two reshapes, into one of the tensor whose last axis they are."""
+        product, shape = (self._makers.get(name) for name in [*node.input, "", ""][:2])
+        if node.op_type != "Reshape" or product is None or product.op_type != "MatMul":
+            return
+        rows, table = self._makers.get(product.input[0]), self._value(product.input[1])
+        if rows is None or rows.op_type != "Reshape" or shape is None or shape.op_type != "Shape":
+            return
+        origin, target = shape.input[0], self._value(rows.input[1])
+        width = self._width(origin)
+        if shape.attribute or table is None or table.shape != (width, width) or target is None:
+            return
+        if target[-1] == width and self._has_shape_of(rows.input[0], origin):
+            node.op_type = "MatMul"
+            node.input[:] = [rows.input[0], product.input[1]]
+            del node.attribute[:]
+
     def _has_shape_of(self, name: str, origin: str) -> bool:
-        """Say whether a tensor is computed from `origin` element by element, with numbers alone."""
+        """Say whether a tensor is computed from `origin` element by element, with numbers or rows alone."""
         maker = self._makers.get(name)
-        if maker is None or maker.op_type not in ("Mul", "Div", "Tanh"):
+        if name == origin or maker is None:
+            return name == origin
+        if maker.op_type not in ("Cast", "CastLike", "Mul", "Div", "Tanh"):
             return False
-        values = [(read, self._value(read)) for read in maker.input]
-        moving = [read for read, value in values if value is None or value.ndim]
-        return len(moving) == 1 and (moving[0] == origin or self._has_shape_of(moving[0], origin))
+        reads = maker.input[:1] if maker.op_type == "CastLike" else maker.input
+        shapes = {read: None if (value := self._value(read)) is None else value.shape for read in reads}
+        moving = [read for read, shape in shapes.items() if shape not in ((), (self._width(origin),))]
+        return len(moving) == 1 and self._has_shape_of(moving[0], origin)
+
+    def _width(self, name: str) -> int:
+        """Return the last dimension of a tensor, 0 where the model does not say it."""
+        dims = self._shapes.get(name)
+        return dims[-1].dim_value if dims else 0
 
     def _rename(self, node: onnx.NodeProto) -> None:
         for index, name in enumerate(node.input):

@@ -186,3 +186,37 @@ def test_what_changes_shapes_or_numbers_stays(choice, tmp_path):
           z = {choice}
         }}""")
     assert [node.op_type for node in inline(model, tmp_path).graph.node] == [choice.split("(")[0], "Neg"]
+
+
+ROWS = """<ir_version: 11, opset_import: ["": 23, "rotexport": 1]>
+g (float16[B, 3, S, WIDTH] x) => (float16[B, 3, S, WIDTH] y) <int8[4, 4] table = {1, 1, 1, 1, 1, -1, 1, -1, 1, 1, -1, -1, 1, -1, -1, 1}> {
+  z = rotexport.Turn(x, table)
+  y = Neg(z)
+}
+<domain: "rotexport", opset_import: ["": 23]>
+Turn (x, table) => (y) {
+  one = Constant<value_float = 1.0>()
+  signs = Constant<value_floats = [1.0, -1.0, SIGNS 1.0, 1.0]>()
+  matrix_float = DequantizeLinear(table, one)
+  matrix = CastLike(matrix_float, x)
+  x_float = Cast<to = 1>(x)
+  signed_float = Mul(x_float, signs)
+  signed = CastLike(signed_float, x)
+  shape_of_rows = Constant<value_ints = [-1, 1, 4]>()
+  rows = Reshape(signed, shape_of_rows)
+  mixed = MatMul(rows, matrix)
+  shape = Shape(x)
+  y = Reshape(mixed, shape)
+}"""
+
+
+@pytest.mark.parametrize(("width", "reshapes"), [(4, 0), (8, 2)])
+def test_a_product_of_whole_rows_needs_no_reshape(width, reshapes, tmp_path):
+    """Blocks of 4 in rows of 8 are rows of another shape: there the reshapes stay."""
+    signs = "1.0, 1.0, -1.0, -1.0," if width == 8 else ""
+    model = onnx.parser.parse_model(ROWS.replace("WIDTH", str(width)).replace("SIGNS", signs))
+    expanded = inline(model, tmp_path)
+    assert [n.op_type for n in expanded.graph.node].count("Reshape") == reshapes
+    feeds = {"x": np.random.default_rng(0).standard_normal((2, 3, 5, width)).astype(np.float16)}
+    want, got = (ort.InferenceSession(m.SerializeToString()).run(None, feeds)[0] for m in (model, expanded))
+    np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-3)  # a few roundings of float16
