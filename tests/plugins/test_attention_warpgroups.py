@@ -92,8 +92,14 @@ def test_any_split_into_calls_is_the_same(
 
 
 @pytest.mark.parametrize(("sinks", "window"), [(0, 1), (0, 400), (1, 1), (130, 64), (200, 140)])
-def test_extreme_windows_over_many_tiles(kernels: WarpgroupAttention, sinks: int, window: int) -> None:
+def test_extreme_windows(kernels: WarpgroupAttention, sinks: int, window: int) -> None:
     check_stream(kernels, Case(sinks=sinks, window=window, repeat=2), [[290], [1], [40]])
+
+
+@pytest.mark.parametrize(("size", "tokens"), [(64, 760), (128, 500)])
+def test_buffers_are_used_again(kernels: WarpgroupAttention, size: int, tokens: int) -> None:
+    """Heads of 64 have buffers for four tiles ahead, those of 128 for two."""
+    check_stream(kernels, Case(size, size, window=700), [[tokens], [130]])
 
 
 @pytest.mark.parametrize(("bits", "recent"), [(None, 0), (8, 30)])
