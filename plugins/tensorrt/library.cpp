@@ -30,7 +30,7 @@ struct Creators {
 }  // namespace
 
 const std::vector<nvinfer1::IPluginCreatorInterface*>& rotexport::creators() {
-  static const Creators made;
+  static const ::Creators made;
   return made.all;
 }
 
