@@ -80,7 +80,7 @@ struct Geometry {
   float quantum;  // clip / 127 or clip / 7
 };
 
-// Which instantiation runs: see Traits in fast_hadamard_kernel.h.
+// Which instantiation runs: see Traits in fast_hadamard_tile.h.
 struct Variant {
   int column_class;
   int row_tiles;
