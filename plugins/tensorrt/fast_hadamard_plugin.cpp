@@ -1,6 +1,6 @@
 #include "tensorrt/fast_hadamard_plugin.h"
 
-#include <cstdint>
+#include "tensorrt/shapes.h"
 
 namespace rotexport {
 namespace {
@@ -9,12 +9,6 @@ using fast_hadamard::Output;
 using nvinfer1::DataType;
 
 enum Input : int32_t { kX, kSigns, kBase, kHigh, kLow, kInputs };
-
-std::string text(const nvinfer1::Dims& shape) {
-  std::string result = "[";
-  for (int32_t i = 0; i < shape.nbDims; ++i) result += (i ? ", " : "") + std::to_string(shape.d[i]);
-  return result + "]";
-}
 
 int64_t order_of_square(const nvinfer1::Dims& shape, const char* name) {
   if (shape.nbDims != 2 || shape.d[0] != shape.d[1] || shape.d[0] < 1) {
@@ -40,8 +34,6 @@ fast_hadamard::Type type_of(DataType type) {
 bool is_linear(const nvinfer1::DynamicPluginTensorDesc& description) {
   return description.desc.format == nvinfer1::TensorFormat::kLINEAR;
 }
-
-bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
 }  // namespace
 
@@ -71,21 +63,19 @@ FastHadamardPlugin<kOutput>::FastHadamardPlugin(const FieldReader& fields) {
       throw PluginError{"field 'clip' is " + std::to_string(clip_) + ", must lie in (0, 1]"};
     }
   }
-  timing_id_ = std::string(operator_name()) + " 1";  // the clip changes values, not times
-  refer_to_own_fields();
+  this->timing_id_ = std::string(operator_name()) + " 1";  // the clip changes values, not times
 }
 
 template <Output kOutput>
-FastHadamardPlugin<kOutput>::FastHadamardPlugin(const FastHadamardPlugin& other)
-    : Plugin<FastHadamardPlugin<kOutput>>(other), clip_(other.clip_), timing_id_(other.timing_id_) {
-  refer_to_own_fields();
+std::vector<nvinfer1::PluginField> FastHadamardPlugin<kOutput>::own_fields() const {
+  std::vector<nvinfer1::PluginField> own = fields();
+  for (nvinfer1::PluginField& field : own) field.data = &clip_;
+  return own;
 }
 
 template <Output kOutput>
-void FastHadamardPlugin<kOutput>::refer_to_own_fields() {
-  serialized_fields_ = fields();
-  for (nvinfer1::PluginField& field : serialized_fields_) field.data = &clip_;
-  serialized_ = {static_cast<int32_t>(serialized_fields_.size()), serialized_fields_.data()};
+int32_t FastHadamardPlugin<kOutput>::input_count() const {
+  return kInputs;
 }
 
 template <Output kOutput>
@@ -98,10 +88,7 @@ int32_t FastHadamardPlugin<kOutput>::getOutputDataTypes(DataType* outputs, int32
                                                         const DataType* inputs,
                                                         int32_t input_count) const noexcept {
   return this->guarded(nvinfer1::ErrorCode::kINVALID_ARGUMENT, [&] {
-    if (input_count != kInputs || output_count != getNbOutputs()) {
-      throw PluginError{std::to_string(input_count) + " inputs and " + std::to_string(output_count) +
-                        " outputs, must be 5 and " + std::to_string(getNbOutputs())};
-    }
+    this->require_counts(input_count, output_count);
     type_of(inputs[kX]);
     outputs[0] = kQuantizes ? DataType::kINT8 : inputs[kX];
     if (kQuantizes) outputs[1] = DataType::kFLOAT;
@@ -114,23 +101,22 @@ int32_t FastHadamardPlugin<kOutput>::getOutputShapes(const nvinfer1::DimsExprs* 
                                                      nvinfer1::DimsExprs* outputs, int32_t output_count,
                                                      nvinfer1::IExprBuilder& builder) noexcept {
   return this->guarded(nvinfer1::ErrorCode::kINVALID_ARGUMENT, [&] {
-    if (input_count != kInputs || output_count != getNbOutputs()) {
-      throw PluginError{std::to_string(input_count) + " inputs, must be x, signs, base, hi and lo"};
-    }
+    this->require_counts(input_count, output_count);
     const nvinfer1::DimsExprs& x = inputs[kX];
     if (x.nbDims < 1) throw PluginError{"input 'x' is a scalar, must have an axis to transform"};
     const int32_t last = x.nbDims - 1;
     if (x.d[last]->isConstant()) {  // what can be checked before any profile is known
-      nvinfer1::Dims shapes[kInputs] = {};
-      shapes[kX] = {1, {x.d[last]->getConstantValue()}};
+      PluginInputs known{std::vector<nvinfer1::Dims>(kInputs),
+                         std::vector<DataType>(kInputs, DataType::kHALF)};
+      known.shapes[kX] = {1, {x.d[last]->getConstantValue()}};
       for (int32_t i = kSigns; i < kInputs; ++i) {
-        shapes[i].nbDims = inputs[i].nbDims;
+        known.shapes[i].nbDims = inputs[i].nbDims;
         for (int32_t j = 0; j < inputs[i].nbDims; ++j) {
           if (!inputs[i].d[j]->isConstant()) throw PluginError{"only x may have dynamic dimensions"};
-          shapes[i].d[j] = inputs[i].d[j]->getConstantValue();
+          known.shapes[i].d[j] = inputs[i].d[j]->getConstantValue();
         }
       }
-      plan_for(shapes, DataType::kHALF, input_count);
+      plan_for(known);
     }
     outputs[0] = x;
     if (kOutput == Output::kInt4) {
@@ -169,13 +155,12 @@ bool FastHadamardPlugin<kOutput>::supportsFormatCombination(
 }
 
 template <Output kOutput>
-fast_hadamard::Plan FastHadamardPlugin<kOutput>::plan_for(const nvinfer1::Dims* shapes, DataType type,
-                                                          int32_t input_count) const {
-  if (input_count != kInputs) throw PluginError{std::to_string(input_count) + " inputs, must be 5"};
+fast_hadamard::Plan FastHadamardPlugin<kOutput>::plan_for(const PluginInputs& inputs) const {
+  const std::vector<nvinfer1::Dims>& shapes = inputs.shapes;
   const nvinfer1::Dims& x = shapes[kX];
   if (x.nbDims < 1) throw PluginError{"input 'x' is a scalar, must have an axis to transform"};
   fast_hadamard::Problem problem{};
-  problem.type = type_of(type);
+  problem.type = type_of(inputs.types[kX]);
   problem.output = kOutput;
   problem.clip = clip_;
   problem.row = x.d[x.nbDims - 1];
@@ -188,76 +173,24 @@ fast_hadamard::Plan FastHadamardPlugin<kOutput>::plan_for(const nvinfer1::Dims* 
   problem.base_order = order_of_square(shapes[kBase], "base");
   problem.sylvester_order = order_of_square(shapes[kHigh], "hi") * order_of_square(shapes[kLow], "lo");
   fast_hadamard::Plan plan;
-  const Status planned = fast_hadamard::make_plan(problem, plan);
-  if (!planned) throw PluginError{planned.message};
+  this->require(fast_hadamard::make_plan(problem, plan));
   return plan;
 }
 
 template <Output kOutput>
-int32_t FastHadamardPlugin<kOutput>::configurePlugin(const nvinfer1::DynamicPluginTensorDesc* inputs,
-                                                     int32_t input_count,
-                                                     const nvinfer1::DynamicPluginTensorDesc*,
-                                                     int32_t) noexcept {
-  return this->guarded(nvinfer1::ErrorCode::kINVALID_ARGUMENT, [&] {
-    if (input_count != kInputs) throw PluginError{std::to_string(input_count) + " inputs, must be 5"};
-    for (const auto extreme :
-         {&nvinfer1::DynamicPluginTensorDesc::min, &nvinfer1::DynamicPluginTensorDesc::max}) {
-      nvinfer1::Dims shapes[kInputs];
-      for (int32_t i = 0; i < kInputs; ++i) shapes[i] = inputs[i].*extreme;
-      plan_for(shapes, inputs[kX].desc.type, input_count);
-    }
-  });
-}
-
-template <Output kOutput>
-size_t FastHadamardPlugin<kOutput>::getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* inputs,
-                                                     int32_t input_count,
-                                                     const nvinfer1::DynamicPluginTensorDesc*,
-                                                     int32_t) const noexcept {
-  size_t bytes = 0;
-  this->guarded(nvinfer1::ErrorCode::kINVALID_ARGUMENT, [&] {
-    nvinfer1::Dims shapes[kInputs];
-    for (int32_t i = 0; i < kInputs && i < input_count; ++i) shapes[i] = inputs[i].max;
-    bytes = plan_for(shapes, inputs[kX].desc.type, input_count).workspace_bytes;
-  });
-  return bytes;
-}
-
-template <Output kOutput>
-int32_t FastHadamardPlugin<kOutput>::onShapeChange(const nvinfer1::PluginTensorDesc* inputs,
-                                                   int32_t input_count, const nvinfer1::PluginTensorDesc*,
-                                                   int32_t) noexcept {
-  return this->guarded(nvinfer1::ErrorCode::kINVALID_ARGUMENT, [&] {
-    if (input_count != kInputs) throw PluginError{std::to_string(input_count) + " inputs, must be 5"};
-    nvinfer1::Dims shapes[kInputs];
-    for (int32_t i = 0; i < kInputs; ++i) shapes[i] = inputs[i].dims;
-    plan_for(shapes, inputs[kX].type, input_count);
-  });
-}
-
-template <Output kOutput>
-int32_t FastHadamardPlugin<kOutput>::enqueue(const nvinfer1::PluginTensorDesc* inputs,
-                                             const nvinfer1::PluginTensorDesc*, const void* const* input_data,
-                                             void* const* output_data, void* workspace,
-                                             cudaStream_t stream) noexcept {
-  return this->guarded(nvinfer1::ErrorCode::kFAILED_EXECUTION, [&] {
-    // Planning is arithmetic on a few integers: cheaper than keeping a plan in step with shapes.
-    nvinfer1::Dims shapes[kInputs];
-    for (int32_t i = 0; i < kInputs; ++i) shapes[i] = inputs[i].dims;
-    const fast_hadamard::Plan plan = plan_for(shapes, inputs[kX].type, kInputs);
-    if (!aligned(input_data[kX]) || !aligned(input_data[kSigns]) || !aligned(output_data[0])) {
-      throw PluginError{"x, signs and the output must be aligned to 16 bytes"};
-    }
-    fast_hadamard::Operands operands{};
-    operands.x = input_data[kX];
-    operands.signs = input_data[kSigns];
-    operands.base = static_cast<const int8_t*>(input_data[kBase]);
-    operands.y = output_data[0];
-    operands.scale = kQuantizes ? static_cast<float*>(output_data[1]) : nullptr;
-    operands.workspace = workspace;
-    const Status done = fast_hadamard::run(plan, operands, stream);
-    if (!done) throw PluginError{done.message};
-  });
+void FastHadamardPlugin<kOutput>::run(const fast_hadamard::Plan& plan, const void* const* inputs,
+                                      void* const* outputs, void* workspace, cudaStream_t stream) const {
+  require_aligned(inputs[kX], "x");
+  require_aligned(inputs[kSigns], "signs");
+  require_aligned(outputs[0], "output");
+  fast_hadamard::Operands operands{};
+  operands.x = inputs[kX];
+  operands.signs = inputs[kSigns];
+  operands.base = static_cast<const int8_t*>(inputs[kBase]);
+  operands.y = outputs[0];
+  operands.scale = kQuantizes ? static_cast<float*>(outputs[1]) : nullptr;
+  operands.workspace = workspace;
+  this->require(fast_hadamard::run(plan, operands, stream));
 }
 
 template class FastHadamardPlugin<Output::kSame>;

@@ -3,18 +3,17 @@
 #pragma once
 
 #include "kernels/fast_hadamard.h"
-#include "tensorrt/plugin.h"
+#include "tensorrt/planned_plugin.h"
 
 namespace rotexport {
 
 template <fast_hadamard::Output kOutput>
-class FastHadamardPlugin : public Plugin<FastHadamardPlugin<kOutput>> {
+class FastHadamardPlugin : public PlannedPlugin<FastHadamardPlugin<kOutput>> {
  public:
   static const char* operator_name();
   static std::vector<nvinfer1::PluginField> fields();
 
   explicit FastHadamardPlugin(const FieldReader& fields);
-  FastHadamardPlugin(const FastHadamardPlugin& other);
   const char* name() const { return operator_name(); }
 
   int32_t getNbOutputs() const noexcept override;
@@ -25,30 +24,18 @@ class FastHadamardPlugin : public Plugin<FastHadamardPlugin<kOutput>> {
                           nvinfer1::IExprBuilder& builder) noexcept override;
   bool supportsFormatCombination(int32_t position, const nvinfer1::DynamicPluginTensorDesc* descriptions,
                                  int32_t input_count, int32_t output_count) noexcept override;
-  int32_t configurePlugin(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t input_count,
-                          const nvinfer1::DynamicPluginTensorDesc*, int32_t) noexcept override;
-  size_t getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t input_count,
-                          const nvinfer1::DynamicPluginTensorDesc*, int32_t) const noexcept override;
-  const char* getTimingCacheID() noexcept override { return timing_id_.c_str(); }
 
-  int32_t onShapeChange(const nvinfer1::PluginTensorDesc* inputs, int32_t input_count,
-                        const nvinfer1::PluginTensorDesc*, int32_t) noexcept override;
-  int32_t enqueue(const nvinfer1::PluginTensorDesc* inputs, const nvinfer1::PluginTensorDesc*,
-                  const void* const* input_data, void* const* output_data, void* workspace,
-                  cudaStream_t stream) noexcept override;
-  const nvinfer1::PluginFieldCollection* getFieldsToSerialize() noexcept override { return &serialized_; }
+  std::vector<nvinfer1::PluginField> own_fields() const;
+  int32_t input_count() const;
+  fast_hadamard::Plan plan_for(const PluginInputs& inputs) const;
+  size_t workspace_for(const fast_hadamard::Plan& plan) const { return plan.workspace_bytes; }
+  void run(const fast_hadamard::Plan& plan, const void* const* inputs, void* const* outputs, void* workspace,
+           cudaStream_t stream) const;
 
  private:
   static constexpr bool kQuantizes = kOutput != fast_hadamard::Output::kSame;
 
-  void refer_to_own_fields();
-  fast_hadamard::Plan plan_for(const nvinfer1::Dims* shapes, nvinfer1::DataType type,
-                               int32_t input_count) const;
-
   float clip_ = 1.0f;
-  std::string timing_id_;
-  std::vector<nvinfer1::PluginField> serialized_fields_;
-  nvinfer1::PluginFieldCollection serialized_;
 };
 
 }  // namespace rotexport

@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/status.h"
 #include "tensorrt/plugin.h"
 
 namespace rotexport {

@@ -1,12 +1,8 @@
 #include "tensorrt/quantized_linear_plugin.h"
 
-#include <tuple>
-#include <utility>
-
 namespace rotexport {
 
 using nvinfer1::DataType;
-using nvinfer1::Dims;
 
 template <int kForm>
 std::vector<nvinfer1::PluginField> QuantizedLinearPlugin<kForm>::fields() {
@@ -22,26 +18,16 @@ QuantizedLinearPlugin<kForm>::QuantizedLinearPlugin(const FieldReader& fields)
     throw PluginError{"field 'group' is " + std::to_string(fields_.group) + ", must be a multiple of " +
                       std::to_string(quantized_linear::kSlice)};
   }
-  timing_id_ = std::string(operator_name()) + " 1 " + std::to_string(fields_.group) + " " +
-               std::to_string(fields_.out_type);
-  refer_to_own_fields();
+  this->timing_id_ = std::string(operator_name()) + " 1 " + std::to_string(fields_.group) + " " +
+                     std::to_string(fields_.out_type);
 }
 
 template <int kForm>
-QuantizedLinearPlugin<kForm>::QuantizedLinearPlugin(const QuantizedLinearPlugin& other)
-    : Plugin<QuantizedLinearPlugin<kForm>>(other),
-      fields_(other.fields_),
-      out_type_(other.out_type_),
-      timing_id_(other.timing_id_) {
-  refer_to_own_fields();
-}
-
-template <int kForm>
-void QuantizedLinearPlugin<kForm>::refer_to_own_fields() {
-  serialized_fields_ = fields();
-  serialized_fields_[0].data = &fields_.group;
-  serialized_fields_[1].data = &fields_.out_type;
-  serialized_ = {static_cast<int32_t>(serialized_fields_.size()), serialized_fields_.data()};
+std::vector<nvinfer1::PluginField> QuantizedLinearPlugin<kForm>::own_fields() const {
+  std::vector<nvinfer1::PluginField> own = fields();
+  own[0].data = &fields_.group;
+  own[1].data = &fields_.out_type;
+  return own;
 }
 
 template <int kForm>
@@ -49,7 +35,7 @@ int32_t QuantizedLinearPlugin<kForm>::getOutputDataTypes(DataType* outputs, int3
                                                          const DataType* inputs,
                                                          int32_t input_count) const noexcept {
   return this->guarded(nvinfer1::ErrorCode::kINVALID_ARGUMENT, [&] {
-    signature_.require_count(input_count, output_count);
+    this->require_counts(input_count, output_count);
     for (int32_t i = 0; i < input_count; ++i) {
       if (inputs[i] == signature_.type(i, out_type_)) continue;
       throw PluginError{"input " + std::to_string(i) + " is of type " +
@@ -66,7 +52,7 @@ int32_t QuantizedLinearPlugin<kForm>::getOutputShapes(const nvinfer1::DimsExprs*
                                                       nvinfer1::DimsExprs* outputs, int32_t output_count,
                                                       nvinfer1::IExprBuilder& builder) noexcept {
   return this->guarded(nvinfer1::ErrorCode::kINVALID_ARGUMENT, [&] {
-    signature_.require_count(input_count, output_count);
+    this->require_counts(input_count, output_count);
     int64_t columns = 0;
     signature_.check(inputs, fields_, columns);
     outputs[0] = inputs[0];
@@ -86,84 +72,26 @@ bool QuantizedLinearPlugin<kForm>::supportsFormatCombination(
 }
 
 template <int kForm>
-template <class ShapeOf>
-quantized_linear::Problem QuantizedLinearPlugin<kForm>::problem_of(const ShapeOf& shape_of) const {
-  std::vector<Dims> shapes;
-  for (int32_t i = 0; i < signature_.count(); ++i) shapes.push_back(shape_of(i));
-  return signature_.problem(shapes.data(), fields_);
-}
-
-template <int kForm>
-quantized_linear::Plan QuantizedLinearPlugin<kForm>::plan_for(
-    const quantized_linear::Problem& problem) const {
+quantized_linear::Plan QuantizedLinearPlugin<kForm>::plan_for(const PluginInputs& inputs) const {
   quantized_linear::Plan plan;
-  const Status planned = make_plan(problem, quantized_linear::multiprocessors(), plan);
-  if (!planned) throw PluginError{planned.message};
+  this->require(make_plan(signature_.problem(inputs.shapes.data(), fields_),
+                          quantized_linear::multiprocessors(), plan));
   return plan;
 }
 
 template <int kForm>
-int32_t QuantizedLinearPlugin<kForm>::configurePlugin(const nvinfer1::DynamicPluginTensorDesc* inputs,
-                                                      int32_t input_count,
-                                                      const nvinfer1::DynamicPluginTensorDesc*,
-                                                      int32_t output_count) noexcept {
-  return this->guarded(nvinfer1::ErrorCode::kINVALID_ARGUMENT, [&] {
-    signature_.require_count(input_count, output_count);
-    plan_for(problem_of([&](int32_t i) { return inputs[i].min; }));
-    plan_for(problem_of([&](int32_t i) { return inputs[i].max; }));
-  });
+size_t QuantizedLinearPlugin<kForm>::workspace_for(const quantized_linear::Plan& plan) const {
+  return largest_workspace(plan.problem, quantized_linear::multiprocessors());
 }
 
 template <int kForm>
-size_t QuantizedLinearPlugin<kForm>::getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* inputs,
-                                                      int32_t input_count,
-                                                      const nvinfer1::DynamicPluginTensorDesc*,
-                                                      int32_t output_count) const noexcept {
-  size_t bytes = 0;
-  this->guarded(nvinfer1::ErrorCode::kINVALID_ARGUMENT, [&] {
-    signature_.require_count(input_count, output_count);
-    const auto problem = problem_of([&](int32_t i) { return inputs[i].max; });
-    bytes = largest_workspace(problem, quantized_linear::multiprocessors());
-  });
-  return bytes;
+void QuantizedLinearPlugin<kForm>::run(const quantized_linear::Plan& plan, const void* const* inputs,
+                                       void* const* outputs, void* workspace, cudaStream_t stream) const {
+  this->require(quantized_linear::run(plan, signature_.operands(inputs, outputs[0], workspace), stream));
 }
-
-template <int kForm>
-int32_t QuantizedLinearPlugin<kForm>::onShapeChange(const nvinfer1::PluginTensorDesc* inputs,
-                                                    int32_t input_count, const nvinfer1::PluginTensorDesc*,
-                                                    int32_t output_count) noexcept {
-  return this->guarded(nvinfer1::ErrorCode::kINVALID_ARGUMENT, [&] {
-    signature_.require_count(input_count, output_count);
-    plan_for(problem_of([&](int32_t i) { return inputs[i].dims; }));
-  });
-}
-
-template <int kForm>
-int32_t QuantizedLinearPlugin<kForm>::enqueue(const nvinfer1::PluginTensorDesc* inputs,
-                                              const nvinfer1::PluginTensorDesc*,
-                                              const void* const* input_data, void* const* output_data,
-                                              void* workspace, cudaStream_t stream) noexcept {
-  return this->guarded(nvinfer1::ErrorCode::kFAILED_EXECUTION, [&] {
-    const auto plan = plan_for(problem_of([&](int32_t i) { return inputs[i].dims; }));
-    const auto operands = signature_.operands(input_data, output_data[0], workspace);
-    const Status done = quantized_linear::run(plan, operands, stream);
-    if (!done) throw PluginError{done.message};
-  });
-}
-
-namespace {
-
-template <int... kForms>
-void add_creators(std::vector<nvinfer1::IPluginCreatorInterface*>& creators,
-                  std::integer_sequence<int, kForms...>) {
-  static std::tuple<Creator<QuantizedLinearPlugin<kForms>>...> made;
-  (creators.push_back(&std::get<kForms>(made)), ...);
-}
-
-}  // namespace
 
 void add_linear_creators(std::vector<nvinfer1::IPluginCreatorInterface*>& creators) {
-  add_creators(creators, std::make_integer_sequence<int, kLinearForms>());
+  Creators<QuantizedLinearPlugin, std::make_integer_sequence<int, kLinearForms>>::add_to(creators);
 }
 
 }  // namespace rotexport

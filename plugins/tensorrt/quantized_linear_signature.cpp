@@ -1,8 +1,6 @@
 #include "tensorrt/quantized_linear_signature.h"
 
-#include <cstdint>
-
-#include "tensorrt/plugin.h"
+#include "tensorrt/shapes.h"
 
 namespace rotexport {
 namespace {
@@ -36,12 +34,6 @@ constexpr LinearForm kForms[kLinearForms] = {
     {"QuantizedLinearW4A4TwoLevelResidual", k44, true, false, Ending::kResidual},
     {"QuantizedLinearW4A4TwoLevelGated", k44, true, false, Ending::kGate},
 };
-
-std::string text(const Dims& shape) {
-  std::string result = "[";
-  for (int32_t i = 0; i < shape.nbDims; ++i) result += (i ? ", " : "") + std::to_string(shape.d[i]);
-  return result + "]";
-}
 
 bool equal(const Dims& a, const Dims& b) {
   if (a.nbDims != b.nbDims) return false;
@@ -95,12 +87,6 @@ LinearSignature::LinearSignature(int form) : form_(kForms[form]), inputs_{Role::
   if (form_.asymmetric) inputs_.push_back(Role::kWeightSum);
   inputs_.push_back(Role::kBias);
   if (form_.ending != Ending::kNone) inputs_.push_back(Role::kOther);
-}
-
-void LinearSignature::require_count(int32_t input_count, int32_t output_count) const {
-  if (input_count == count() && output_count == 1) return;
-  throw PluginError{std::to_string(input_count) + " inputs and " + std::to_string(output_count) +
-                    " outputs, must be " + std::to_string(count()) + " and 1"};
 }
 
 DataType LinearSignature::type(int32_t i, DataType out) const {
@@ -207,11 +193,8 @@ bool LinearSignature::check(const nvinfer1::DimsExprs* inputs, const LinearField
 quantized_linear::Operands LinearSignature::operands(const void* const* inputs, void* y,
                                                      void* workspace) const {
   const auto at = [&](Role role) { return index(role) < 0 ? nullptr : inputs[index(role)]; };
-  for (const Role role : {Role::kX, Role::kWeight}) {
-    if (reinterpret_cast<uintptr_t>(at(role)) % 16 != 0) {
-      throw PluginError{"x and weight must be aligned to 16 bytes"};
-    }
-  }
+  require_aligned(at(Role::kX), "x");
+  require_aligned(at(Role::kWeight), "weight");
   quantized_linear::Operands operands{};
   operands.x = static_cast<const int8_t*>(at(Role::kX));
   operands.x_scale = static_cast<const float*>(at(Role::kXScale));

@@ -34,7 +34,6 @@ class LinearSignature {
 
   const LinearForm& form() const { return form_; }
   int32_t count() const { return static_cast<int32_t>(inputs_.size()); }
-  void require_count(int32_t input_count, int32_t output_count) const;
 
   // The type of input i; `out` is that of the result.
   nvinfer1::DataType type(int32_t i, nvinfer1::DataType out) const;
