@@ -21,6 +21,7 @@ from rotexport.targets import builder_process
 from rotexport.targets.acceptance import Refusal, split_calls
 from rotexport.targets.capabilities import MODULES
 from rotexport.targets.inlining import inline
+from rotexport.targets.joining import join_rotations
 from rotexport.targets.layers import Kernel, Layer, assert_kernels, parse_layers
 from rotexport.targets.lint import lint
 from rotexport.targets.lowering import lower
@@ -86,6 +87,8 @@ def build_engines(request: EngineRequest, directory: Path, progress: Progress) -
 
     """
     model = onnx.load(str(request.model), load_external_data=False)
+    if request.plugins is None:  # kernels of ours take each rotation as it is
+        model = join_rotations(model, request.model.parent)
     ranges = _ranges(request)
     kept, refused = _calls(request, model, ranges)
     model = inline(model, request.model.parent, kept)
