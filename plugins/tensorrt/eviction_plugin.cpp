@@ -37,57 +37,52 @@ void require_aligned(const void* address, const char* name) {
 
 }  // namespace
 
-template <Policy kPolicy>
+template <int kPolicy>
 const char* EvictionPlugin<kPolicy>::operator_name() {
-  return kPolicy == Policy::kSnap ? "SnapAttention" : "HeavyHitterAttention";
+  return Policy{kPolicy} == Policy::kSnap ? "SnapAttention" : "HeavyHitterAttention";
 }
 
-template <Policy kPolicy>
+template <int kPolicy>
 std::vector<nvinfer1::PluginField> EvictionPlugin<kPolicy>::fields() {
   std::vector<nvinfer1::PluginField> known;
-  for (const char* name : number_names(kPolicy)) {
+  for (const char* name : number_names(Policy{kPolicy})) {
     known.emplace_back(name, nullptr, nvinfer1::PluginFieldType::kINT32, 1);
   }
-  for (const char* name : factor_names(kPolicy)) {
+  for (const char* name : factor_names(Policy{kPolicy})) {
     known.emplace_back(name, nullptr, nvinfer1::PluginFieldType::kFLOAT32, 1);
   }
   return known;
 }
 
-template <Policy kPolicy>
+template <int kPolicy>
 EvictionPlugin<kPolicy>::EvictionPlugin(const FieldReader& fields) {
-  timing_id_ = operator_name();
-  for (const char* name : number_names(kPolicy)) {
+  this->timing_id_ = operator_name();
+  for (const char* name : number_names(Policy{kPolicy})) {
     numbers_.push_back(fields.read_int(name));
-    timing_id_ += " " + std::to_string(numbers_.back());
+    this->timing_id_ += " " + std::to_string(numbers_.back());
   }
-  for (const char* name : factor_names(kPolicy)) factors_.push_back(fields.read_float(name));
-  timing_id_ += factors_[1] > 0 ? " capped" : "";
-  refer_to_own_fields();
+  for (const char* name : factor_names(Policy{kPolicy})) factors_.push_back(fields.read_float(name));
+  this->timing_id_ += factors_[1] > 0 ? " capped" : "";
 }
 
-template <Policy kPolicy>
-EvictionPlugin<kPolicy>::EvictionPlugin(const EvictionPlugin& other)
-    : Plugin<EvictionPlugin<kPolicy>>(other),
-      numbers_(other.numbers_),
-      factors_(other.factors_),
-      timing_id_(other.timing_id_) {
-  refer_to_own_fields();
-}
-
-template <Policy kPolicy>
-void EvictionPlugin<kPolicy>::refer_to_own_fields() {
-  serialized_fields_ = fields();
+template <int kPolicy>
+std::vector<nvinfer1::PluginField> EvictionPlugin<kPolicy>::own_fields() const {
+  std::vector<nvinfer1::PluginField> own = fields();
   size_t next = 0;
-  for (int32_t& number : numbers_) serialized_fields_[next++].data = &number;
-  for (float& factor : factors_) serialized_fields_[next++].data = &factor;
-  serialized_ = {static_cast<int32_t>(serialized_fields_.size()), serialized_fields_.data()};
+  for (const int32_t& number : numbers_) own[next++].data = &number;
+  for (const float& factor : factors_) own[next++].data = &factor;
+  return own;
 }
 
-template <Policy kPolicy>
+template <int kPolicy>
+int32_t EvictionPlugin<kPolicy>::input_count() const {
+  return kEvictedCache + eviction::kCacheTensors;
+}
+
+template <int kPolicy>
 eviction::Problem EvictionPlugin<kPolicy>::problem() const {
   eviction::Problem problem{};
-  problem.policy = kPolicy;
+  problem.policy = Policy{kPolicy};
   int64_t* const sizes[] = {&problem.sinks,     &problem.window,      &problem.recent,
                             &problem.context,   &problem.query_heads, &problem.kv_heads,
                             &problem.head_size, &problem.value_size,  &problem.observe};
@@ -97,26 +92,17 @@ eviction::Problem EvictionPlugin<kPolicy>::problem() const {
   return problem;
 }
 
-template <Policy kPolicy>
+template <int kPolicy>
 int32_t EvictionPlugin<kPolicy>::getAliasedInput(int32_t output) noexcept {
   return output > 0 && output < getNbOutputs() ? kEvictedCache + output - 1 : -1;
 }
 
-template <Policy kPolicy>
-void EvictionPlugin<kPolicy>::check_counts(int32_t input_count, int32_t output_count) const {
-  constexpr int32_t kInputs = kEvictedCache + eviction::kCacheTensors;
-  if (input_count == kInputs && output_count == getNbOutputs()) return;
-  throw PluginError{std::to_string(input_count) + " inputs and " + std::to_string(output_count) +
-                    " outputs, must be " + std::to_string(kInputs) + " and " +
-                    std::to_string(getNbOutputs())};
-}
-
-template <Policy kPolicy>
+template <int kPolicy>
 int32_t EvictionPlugin<kPolicy>::getOutputDataTypes(DataType* outputs, int32_t output_count,
                                                     const DataType* inputs,
                                                     int32_t input_count) const noexcept {
   return this->guarded(nvinfer1::ErrorCode::kINVALID_ARGUMENT, [&] {
-    check_counts(input_count, output_count);
+    this->require_counts(input_count, output_count);
     type_of(inputs[kEvictedQuery]);
     outputs[0] = inputs[kEvictedQuery];
     const auto signature = eviction_inputs(problem());
@@ -127,13 +113,13 @@ int32_t EvictionPlugin<kPolicy>::getOutputDataTypes(DataType* outputs, int32_t o
   });
 }
 
-template <Policy kPolicy>
+template <int kPolicy>
 int32_t EvictionPlugin<kPolicy>::getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t input_count,
                                                  const nvinfer1::DimsExprs*, int32_t,
                                                  nvinfer1::DimsExprs* outputs, int32_t output_count,
                                                  nvinfer1::IExprBuilder& builder) noexcept {
   return this->guarded(nvinfer1::ErrorCode::kINVALID_ARGUMENT, [&] {
-    check_counts(input_count, output_count);
+    this->require_counts(input_count, output_count);
     const auto signature = eviction_inputs(problem());
     for (int32_t i = 0; i < input_count; ++i) {
       const auto rank = static_cast<int32_t>(signature[i].shape.size());
@@ -147,12 +133,12 @@ int32_t EvictionPlugin<kPolicy>::getOutputShapes(const nvinfer1::DimsExprs* inpu
   });
 }
 
-template <Policy kPolicy>
+template <int kPolicy>
 bool EvictionPlugin<kPolicy>::supportsFormatCombination(int32_t position,
                                                         const DynamicPluginTensorDesc* descriptions,
                                                         int32_t input_count, int32_t output_count) noexcept {
   const auto signature = eviction_inputs(problem());
-  if (input_count != static_cast<int32_t>(signature.size()) || output_count != getNbOutputs()) return false;
+  if (input_count != this->input_count() || output_count != getNbOutputs()) return false;
   if (position < 0 || position >= input_count + output_count) return false;
   const nvinfer1::PluginTensorDesc& asked = descriptions[position].desc;
   if (asked.format != nvinfer1::TensorFormat::kLINEAR) return false;
@@ -164,100 +150,50 @@ bool EvictionPlugin<kPolicy>::supportsFormatCombination(int32_t position,
   return asked.type == descriptions[kEvictedQuery].desc.type;
 }
 
-template <Policy kPolicy>
-eviction::Plan EvictionPlugin<kPolicy>::plan_for(const std::vector<nvinfer1::Dims>& shapes,
-                                                 DataType type) const {
+template <int kPolicy>
+eviction::Plan EvictionPlugin<kPolicy>::plan_for(const PluginInputs& inputs) const {
   eviction::Problem asked = problem();
-  asked.type = type_of(type);
-  read_shapes(shapes, asked);
+  asked.type = type_of(inputs.types[kEvictedQuery]);
+  read_shapes(inputs.shapes, asked);
   eviction::Plan plan;
-  const Status planned = eviction::make_plan(asked, plan);
-  if (!planned) throw PluginError{planned.message};
+  this->require(eviction::make_plan(asked, plan));
   return plan;
 }
 
-template <Policy kPolicy>
-eviction::Plan EvictionPlugin<kPolicy>::plan_for_extreme(
-    const DynamicPluginTensorDesc* inputs, int32_t input_count,
-    nvinfer1::Dims DynamicPluginTensorDesc::* extreme) const {
-  check_counts(input_count, getNbOutputs());
-  std::vector<nvinfer1::Dims> shapes;
-  for (int32_t i = 0; i < input_count; ++i) shapes.push_back(inputs[i].*extreme);
-  return plan_for(shapes, inputs[kEvictedQuery].desc.type);
-}
-
-template <Policy kPolicy>
-int32_t EvictionPlugin<kPolicy>::configurePlugin(const DynamicPluginTensorDesc* inputs, int32_t input_count,
-                                                 const DynamicPluginTensorDesc*, int32_t) noexcept {
-  return this->guarded(nvinfer1::ErrorCode::kINVALID_ARGUMENT, [&] {
-    plan_for_extreme(inputs, input_count, &DynamicPluginTensorDesc::min);
-    plan_for_extreme(inputs, input_count, &DynamicPluginTensorDesc::max);
-  });
-}
-
 // Calls of few tokens are split into more parts, so the largest call may not be the one that needs most.
-template <Policy kPolicy>
-size_t EvictionPlugin<kPolicy>::getWorkspaceSize(const DynamicPluginTensorDesc* inputs, int32_t input_count,
-                                                 const DynamicPluginTensorDesc*, int32_t) const noexcept {
-  size_t bytes = 0;
-  this->guarded(nvinfer1::ErrorCode::kINVALID_ARGUMENT, [&] {
-    const auto plan = plan_for_extreme(inputs, input_count, &DynamicPluginTensorDesc::max);
-    bytes = eviction::largest_workspace(plan.problem);
-  });
-  return bytes;
+template <int kPolicy>
+size_t EvictionPlugin<kPolicy>::workspace_for(const eviction::Plan& plan) const {
+  return eviction::largest_workspace(plan.problem);
 }
 
-template <Policy kPolicy>
-int32_t EvictionPlugin<kPolicy>::onShapeChange(const nvinfer1::PluginTensorDesc* inputs, int32_t input_count,
-                                               const nvinfer1::PluginTensorDesc*, int32_t) noexcept {
-  return this->guarded(nvinfer1::ErrorCode::kINVALID_ARGUMENT, [&] {
-    check_counts(input_count, getNbOutputs());
-    std::vector<nvinfer1::Dims> shapes;
-    for (int32_t i = 0; i < input_count; ++i) shapes.push_back(inputs[i].dims);
-    plan_for(shapes, inputs[kEvictedQuery].type);
-  });
-}
-
-template <Policy kPolicy>
-int32_t EvictionPlugin<kPolicy>::enqueue(const nvinfer1::PluginTensorDesc* inputs,
-                                         const nvinfer1::PluginTensorDesc*, const void* const* input_data,
-                                         void* const* output_data, void* workspace,
-                                         cudaStream_t stream) noexcept {
-  return this->guarded(nvinfer1::ErrorCode::kFAILED_EXECUTION, [&] {
-    const auto signature = eviction_inputs(problem());
-    std::vector<nvinfer1::Dims> shapes;
-    for (size_t i = 0; i < signature.size(); ++i) {
-      shapes.push_back(inputs[i].dims);
-      require_aligned(input_data[i], signature[i].name);
-    }
-    eviction::Operands operands{};
-    operands.query = input_data[kEvictedQuery];
-    operands.query_sink = input_data[kEvictedQuerySink];
-    operands.key = input_data[kEvictedKey];
-    operands.value = input_data[kEvictedValue];
-    operands.past_length = static_cast<const int32_t*>(input_data[kEvictedPastLength]);
-    operands.new_length = static_cast<const int32_t*>(input_data[kEvictedNewLength]);
-    operands.decay = static_cast<const float*>(input_data[kEvictedDecay]);
-    operands.output = output_data[0];
-    operands.workspace = workspace;
-    auto** cache = reinterpret_cast<void**>(&operands.cache);
-    auto** present = reinterpret_cast<void**>(&operands.present);
-    for (int32_t i = 0; i < eviction::kCacheTensors; ++i) {
-      cache[i] =
-          const_cast<void*>(input_data[kEvictedCache + i]);  // written only where it is the output, too
-      present[i] = output_data[1 + i];
-      require_aligned(present[i], signature[kEvictedCache + i].name);
-    }
-    require_aligned(operands.output, "output");
-    const Status done = eviction::run(plan_for(shapes, inputs[kEvictedQuery].type), operands, stream);
-    if (!done) throw PluginError{done.message};
-  });
+template <int kPolicy>
+void EvictionPlugin<kPolicy>::run(const eviction::Plan& plan, const void* const* inputs, void* const* outputs,
+                                  void* workspace, cudaStream_t stream) const {
+  const auto signature = eviction_inputs(problem());
+  for (size_t i = 0; i < signature.size(); ++i) require_aligned(inputs[i], signature[i].name);
+  eviction::Operands operands{};
+  operands.query = inputs[kEvictedQuery];
+  operands.query_sink = inputs[kEvictedQuerySink];
+  operands.key = inputs[kEvictedKey];
+  operands.value = inputs[kEvictedValue];
+  operands.past_length = static_cast<const int32_t*>(inputs[kEvictedPastLength]);
+  operands.new_length = static_cast<const int32_t*>(inputs[kEvictedNewLength]);
+  operands.decay = static_cast<const float*>(inputs[kEvictedDecay]);
+  operands.output = outputs[0];
+  operands.workspace = workspace;
+  auto** cache = reinterpret_cast<void**>(&operands.cache);
+  auto** present = reinterpret_cast<void**>(&operands.present);
+  for (int32_t i = 0; i < eviction::kCacheTensors; ++i) {
+    cache[i] = const_cast<void*>(inputs[kEvictedCache + i]);  // written only where it is the output, too
+    present[i] = outputs[1 + i];
+    require_aligned(present[i], signature[kEvictedCache + i].name);
+  }
+  require_aligned(operands.output, "output");
+  this->require(eviction::run(plan, operands, stream));
 }
 
 void add_eviction_creators(std::vector<nvinfer1::IPluginCreatorInterface*>& creators) {
-  static Creator<EvictionPlugin<Policy::kHeavyHitter>> heavy_hitter;
-  static Creator<EvictionPlugin<Policy::kSnap>> snap;
-  creators.insert(creators.end(), {&heavy_hitter, &snap});
+  Creators<EvictionPlugin, std::make_integer_sequence<int, 2>>::add_to(creators);
 }
 
 }  // namespace rotexport
