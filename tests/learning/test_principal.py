@@ -70,8 +70,7 @@ def test_where_inputs_and_weights_are_even_there_is_nothing_to_balance() -> None
     torch.testing.assert_close(geometric_mean(moments), even * 8)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])  # qwen2 has biases
-@pytest.mark.parametrize("mixed", ["none", "hadamard"])
+@pytest.mark.parametrize(("model_type", "mixed"), [("llama", "none"), ("qwen2", "hadamard")])  # qwen2: biases
 def test_a_float_network_stays_as_it_is(model_type: str, mixed: str, tmp_path: Path) -> None:
     model = tiny_model(model_type, initializer_range=0.3)
     rotations = {"r1": "principal", "r2": "principal", "r4": "hadamard", "o_heads": mixed}
