@@ -15,11 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import onnx_graphsurgeon as gs
 from torch import Tensor, nn
 
 from rotexport.blocks.torch_block import Edit, Edits, TorchBlock
-from rotexport.graph.basis import Bases, Component
+from rotexport.graph.basis import Bases
 from rotexport.learning.affine import Factor, KroneckerAffine, kronecker
 from rotexport.learning.rotations import rotate
 from rotexport.learning.rounding import WeightRounding
@@ -62,13 +61,9 @@ def value_path(block: TorchBlock, bases: Bases) -> ValuePath | None:
     for absorber in component.absorbers:
         name = str(absorber.node.inputs[absorber.input_index].name)
         uses.setdefault(name, []).append((absorber.axis, absorber.consumes))
-    readers = [site for site in block.block.sites if _belongs(site.input, bases, component)]
+    readers = [site for site in block.block.sites if bases.at(site.input) is component]
     heads = int(readers[0].weight.shape[0]) // component.size if len(readers) == 1 else 0
     return ValuePath(component.size, heads, readers[0].name if heads else None, uses)
-
-
-def _belongs(tensor: gs.Variable, bases: Bases, component: Component) -> bool:
-    return bases.at(tensor) is component
 
 
 @dataclass(frozen=True)
