@@ -65,13 +65,14 @@ void Machine::mbarrier_arrive(void* at, unsigned expected_bytes, const Site& sit
   complete_phase(barrier);
 }
 
-// Goes on once the phase of this parity is over, as the instruction does: it cannot tell phases two apart.
+// Goes on once it sees that the phase of this parity is over, as the instruction does: it cannot tell phases
+// two apart, and who looks too late waits on.
 void Machine::mbarrier_wait(void* at, unsigned parity, const Site& site) {
-  Mbarrier& barrier = mbarrier_at(at, site);
-  if (barrier.phase % 2 == parity) {
+  const auto number = static_cast<unsigned>(&mbarrier_at(at, site) - mbarriers_.data());
+  while (mbarriers_[number].phase % 2 == parity) {
     Thread& self = threads_[current_];
     self.state = State::kAtMbarrier;
-    self.meets_at = static_cast<unsigned>(&barrier - mbarriers_.data());
+    self.meets_at = number;
     self.parity = parity;
     self.waiting_at = site;
     wait();

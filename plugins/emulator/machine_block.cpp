@@ -10,6 +10,26 @@ namespace emulator {
 namespace {
 
 constexpr size_t kStackBytes = 512 * 1024;
+constexpr unsigned kRarely = 512;
+constexpr unsigned kMostRounds = 256;
+
+// Under a permuted schedule threads now and then sit out some rounds: a lane may fall far behind its warp.
+class Pauses {
+ public:
+  Pauses(unsigned threads, std::mt19937_64* random) : random_(random), left_(threads, 0) {}
+
+  bool pauses(unsigned thread) {
+    if (random_ && left_[thread] == 0 && (*random_)() % kRarely == 0)
+      left_[thread] = (*random_)() % kMostRounds;
+    if (left_[thread] == 0) return false;
+    --left_[thread];
+    return true;
+  }
+
+ private:
+  std::mt19937_64* random_;
+  std::vector<uint64_t> left_;
+};
 
 }  // namespace
 
@@ -47,12 +67,14 @@ void Machine::run_block() {
   start_block();
   std::mt19937_64 random(seed_ + block_);
   const std::vector<unsigned> order = turns(count, seed_ ? &random : nullptr);
+  Pauses pauses(count, seed_ ? &random : nullptr);
   while (done_ < count) {
     bool progress = false;
     for (unsigned i : order) {
       if (threads_[i].state != State::kReady) continue;
-      current_ = i;
       progress = true;
+      if (pauses.pauses(i)) continue;
+      current_ = i;
       threads_[i].fiber->resume();
       if (fault_) throw Fault(*fault_);
     }
