@@ -64,24 +64,33 @@ def principal(network: Network, windows: Array) -> Principal:
     """
     rotations, bases = network.recipe.rotations, analyse(network.graph)
     stream = residual(bases) if rotations.r1.kind == "principal" else None
-    if stream is not None and obstacle(stream) is not None:
-        stream = None
     values = dict(_values(network, bases)) if rotations.r2.kind == "principal" else {}
     found = _moments(network, windows, [*([] if stream is None else [stream]), *values.values()])
     result = Principal()
-    if stream is not None and found[id(stream)]:
-        rotation = principal_directions(list(found[id(stream)].values()))
-        result.matrices[None] = OrthogonalMatrix(rotation.numpy())
-        for number, (sites, moments) in enumerate(found[id(stream)].items()):
-            scale = balance(moments, rotation)
-            mixing = Hadamard.of(len(scale), None, rotations.r1.seed + number)
-            result.inputs[sites] = Composition((Diagonal(scale.numpy()), mixing))
+    if stream is not None:
+        _turn_stream(stream, found[id(stream)], rotations.r1.seed, result)
     for block, component in values.items():
-        if found[id(component)]:
+        mixing = Hadamard.of(component.size, None, rotations.r2.seed + block)
+        result.matrices[block] = mixing
+        if component.free and found[id(component)]:
             middle = geometric_mean(_total(found[id(component)]))
-            mixing = Hadamard.of(component.size, None, rotations.r2.seed + block)
             result.matrices[block] = InvertibleMatrix(mixing.apply(middle.numpy()))
     return result
+
+
+def _turn_stream(
+    stream: Component, found: Mapping[tuple[str, ...], Moments], seed: int, result: Principal
+) -> None:
+    """Add R1, and what follows it behind norms; a Hadamard where the stream cannot be turned, or need not."""
+    if obstacle(stream) is not None or not found:
+        result.matrices[None] = Hadamard.of(stream.size, None, seed)
+        return
+    rotation = principal_directions(list(found.values()))
+    result.matrices[None] = OrthogonalMatrix(rotation.numpy())
+    for number, (sites, moments) in enumerate(found.items()):
+        scale = balance(moments, rotation)
+        mixing = Hadamard.of(len(scale), None, seed + number)
+        result.inputs[sites] = Composition((Diagonal(scale.numpy()), mixing))
 
 
 def principal_directions(moments: list[Moments]) -> Tensor:
@@ -120,11 +129,11 @@ def _total(found: Mapping[tuple[str, ...], Moments]) -> Moments:
 
 
 def _values(network: Network, bases: Bases) -> Iterator[tuple[int, Component]]:
-    """Yield the first block of each component of values that can be turned, and the component."""
+    """Yield the first block of each component of values, and the component."""
     known: set[int] = set()
     for block, node in attention_nodes(network.graph):
         component = bases.at(node.inputs[2])
-        if component is not None and component.free and id(component) not in known:
+        if component is not None and id(component) not in known:
             known.add(id(component))
             yield block, component
 
