@@ -5,7 +5,7 @@
 // its rows sees: sinks, then slots, of which it passes over tiles without a token, then new tokens. Each warp
 // keeps 16 rows with an online softmax. Keys of the next tile arrive while values are multiplied, values
 // while keys are. A call of few tokens leaves warps without rows, which only copy: reading is what takes
-// time.
+// time. Its logits, and the norms of the values that it reads, are kept, so that the cache is read once.
 #pragma once
 
 #include "kernels/eviction_tokens.h"

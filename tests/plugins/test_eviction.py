@@ -151,6 +151,25 @@ def test_schedules_and_buffers_do_not_matter(
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("past", [0, 30])
+def test_few_queries_choose_as_many_do(kernels: EmulatedEviction, policy: Eviction, past: int) -> None:
+    """Few keep their logits, many multiply again: padding makes many of few."""
+    case = EvictingCase(
+        kv_heads=2, repeat=2, window=6, softcap=3.0, decay=0.1, policy=replace(policy, recent=2)
+    )
+    outcomes = []
+    for padded in (8, 9):
+        session = session_of(kernels, case, [40])
+        if past:
+            session.call([past])
+        output = session.call([8], padded)[:, :, :8]
+        outcomes.append({"output": output, **session.cache})
+    scores = [outcome.pop("window_score") for outcome in outcomes]
+    np.testing.assert_allclose(scores[1], scores[0], rtol=1e-5, atol=1e-7)
+    assert_caches_equal(outcomes[1], outcomes[0])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_of_equals_the_newer_stay(kernels: EmulatedEviction, policy: Eviction) -> None:
     """Equal keys draw equally from the last query, which alone counts; what is zero is equal, too."""
     case = EvictingCase(sinks=1, window=10, policy=replace(policy, forget=0.0, observe=1))
