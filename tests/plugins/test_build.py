@@ -105,7 +105,7 @@ def test_one_architecture_builds_without_spills() -> None:
     # 2 types x (5 sizes, and 2 on warpgroups; 4 formats x 3 sizes; 7 that move the cache, 2 for rows before that)
     assert len(attention) == 56
     evictions = [r for r in report.resources if r.kernel.startswith("_ZN8eviction")]
-    assert len(evictions) == 26  # 2 types x (5 sizes x 2, and 3 that combine, choose and store)
+    assert len(evictions) == 28  # 2 types x (5 sizes x 2, and 4 that combine, recall, choose and store)
     own = [
         record for record in report.resources if "cutlass" not in record.kernel
     ]  # of headers that may be there
