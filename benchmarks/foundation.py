@@ -137,6 +137,21 @@ def engine_sizes(text: Path, work: Path) -> dict[str, Any]:
     return {"bytes": sizes, "relative": ratios, "target": "quarot-w8a8 0.6, w4a16 0.4"}
 
 
+def streaming_engines(text: Path, work: Path) -> dict[str, Any]:
+    """Seconds for each engine of streaming builds, by preset and compute capability."""
+    gpus = ("sm80", "sm89", "sm120")
+    row: dict[str, Any] = {"target": "30 s"}
+    for preset in ("stream", "stream-fp8", "stream-kv8", "stream-kv4", "quarot-kv2"):
+        out = work / preset
+        options = ("--recipe", preset, "--target", "tensorrt-rtx", "--gpu", ",".join(gpus), "--no-validate")
+        rotexport("build", model(), "-o", str(out), *options, "-q")
+        engines = json.loads((out / "report.json").read_text())["engines"]
+        row[preset] = {engine["gpu"]: engine["seconds"] for engine in engines}
+        shutil.rmtree(out)
+        show(preset, row[preset])
+    return row
+
+
 def large_model(text: Path, work: Path) -> dict[str, Any]:
     """Peak anonymous memory on a 1.1-billion-parameter Llama with random bf16 weights, 22 and 44 layers."""
     row: dict[str, Any] = {"target": "2.5 GB, no more for 44 layers"}
@@ -174,6 +189,7 @@ MEASUREMENTS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "rotated fp32 graph": rotated_error,
     "whole build": whole_build,
     "engine sizes": engine_sizes,
+    "streaming engines": streaming_engines,
     "perplexities": perplexities,
     "large model": large_model,
 }
