@@ -201,7 +201,7 @@ def measure(kernels: AttentionKernels) -> Iterator[Result]:
         if head != 128 or recent:
             yield measure_decode(kernels, case, MANY_ROWS)
     for head, bits in itertools.product((64, 128), (8, 4, 2)):
-        for special in ({"angles": head}, {"rotated": True}):
+        for special in ({"angles": head}, {"rotated": True}, {"angles": head, "rotated": True}):
             case = replace(usual, head_size=head, value_size=head, bits=bits, **special)
             yield from measure_prefill(kernels, replace(case, window=4096), SHORT)
             yield measure_decode(kernels, case, MANY_ROWS)

@@ -31,22 +31,22 @@ def special_inputs(
     attention: Attention, turns: torch.Tensor | None, past: Sequence[int], tokens: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """Return what only some operators take, of `turns` [B, N, angles]."""
-    if attention.rotated:
-        return {"signs": attention.signs(device)}
-    if turns is None:
-        return {}
-    rows = [attention.angles_seen(row, p, tokens) for row, p in zip(turns, past, strict=True)]
-    return {"mean_angles": torch.stack(rows)}
+    special = {"signs": attention.signs(device)} if attention.rotated else {}
+    if turns is not None:
+        rows = [attention.angles_seen(row, p, tokens) for row, p in zip(turns, past, strict=True)]
+        special["mean_angles"] = torch.stack(rows)
+    return special
 
 
 def special_noise(
     attention: Attention, batch: int, tokens: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """Return the same for measuring, whatever the angles are."""
-    if not attention.angles:
-        return special_inputs(attention, None, [], tokens, device)
-    shape = (batch, attention.window + tokens, attention.angles)
-    return {"mean_angles": torch.randn(shape, device=device, dtype=attention.dtype)}
+    special = special_inputs(attention, None, [], tokens, device)
+    if attention.angles:
+        shape = (batch, attention.window + tokens, attention.angles)
+        special["mean_angles"] = torch.randn(shape, device=device, dtype=attention.dtype)
+    return special
 
 
 def random_turns(attention: Attention, batch: int, length: int, device: torch.device) -> torch.Tensor | None:

@@ -15,7 +15,7 @@
 // read in floating point, from a second ring. With `angles` > 0 the ring holds keys minus `key_mean`, and to
 // the product of a query with a key of codes that of `mean_query` with the key's row of `mean_angles` is
 // added. With `rotated` queries and keys are transformed first: x becomes (signs x) H / sqrt(head_size), H
-// Sylvester's.
+// Sylvester's; means are of rotated keys.
 //
 // Launches that read the cache come first; one last launch writes it, every slot at most once, so one buffer
 // may be cache and updated cache, and results do not depend on the order of blocks. Sums are taken in a fixed

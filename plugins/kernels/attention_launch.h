@@ -15,10 +15,10 @@ Status launch_warpgroup_prefill(const Plan& plan, const Operands& operands, void
 template <class Element, Format kFormat>
 Status launch_decode(const Plan& plan, const Operands& operands, void* stream);
 
-// Rotates queries and keys, or extends them for prefill from centered keys, into the workspace. `arranged` is
-// what attention then reads: the call's operands with other queries and keys.
+// Rotates queries and keys, and extends them for prefill from centered keys, into the workspace: the call's
+// operands become what attention reads, and what is stored.
 template <class Element>
-Status launch_rows(const Plan& plan, const Operands& given, Operands& arranged, void* stream);
+Status launch_rows(const Plan& plan, const Operands& given, Operands& read, Operands& stored, void* stream);
 
 // Multiplies mean queries with angles into the workspace, for decoding from centered keys.
 template <class Element>

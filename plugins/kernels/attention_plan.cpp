@@ -45,7 +45,6 @@ Status check_rows(const Problem& p) {
     return fail(std::to_string(p.angles) + " angles of a head of " + std::to_string(p.head_size) +
                 " channels: the kernel needs at most " + std::to_string(kLargestHead) + " of both");
   }
-  if (p.rotated && p.angles > 0) return fail("keys are either rotated or centered");
   if (p.rotated && (p.head_size & (p.head_size - 1)) != 0) {
     return fail("head_size is " + std::to_string(p.head_size) +
                 ", the kernel rotates heads of a power of two channels");
@@ -150,7 +149,8 @@ void plan_rows(const Problem& p, Plan& plan) {
   if (!arranges_rows(plan)) return;
   const int64_t cached = extends_rows(plan) ? plan.geometry.sink_slots + p.recent : 0;
   const int64_t rows = 2 * p.query_heads * p.tokens + p.kv_heads * (p.tokens + cached);
-  plan.workspace_bytes += aligned(p.batch * rows * arranged_width(plan) * 2);
+  const int64_t stored = extends_rows(plan) && p.rotated ? p.kv_heads * p.tokens * p.head_size : 0;
+  plan.workspace_bytes += aligned(p.batch * (rows * arranged_width(plan) + stored) * 2);
 }
 
 // With less than a block's rows, or few tiles to copy ahead, there is little that warpgroups could overlap.

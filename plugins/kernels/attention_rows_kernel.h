@@ -10,7 +10,7 @@
 namespace sink_window_attention {
 
 constexpr int kRowWarps = 4;
-constexpr int kRowSources = 5;
+constexpr int kRowSources = 6;
 
 // Rows [count, head_size], and where they go.
 template <class Element>
@@ -19,14 +19,15 @@ struct RowSource {
   const Element* tails;  // [count, angles]; nullptr: zeros
   Element* to;           // [count, width]
   int64_t count;
+  int width;
+  bool rotates;
 };
 
 template <class Element>
 struct RowOperands {
   RowSource<Element> sources[kRowSources];
-  const Element* signs;  // nullptr: rows are not transformed
-  float factor;          // of the transform
-  int width;
+  const Element* signs;  // of the rotation, and its factor
+  float factor;
 };
 
 // x H for a row of `width` channels, a power of two, eight to a lane; H is Sylvester's.
@@ -67,7 +68,7 @@ ROTEXPORT_KERNEL void __launch_bounds__(32 * kRowWarps)
   const int channel = lane * kLaneChannels;
   float x[kLaneChannels];
   load_channels(x, device::Global<const Element>(source.rows + row * g.head_size), lane, g.head_size);
-  if (operands.signs != nullptr) {
+  if (source.rotates) {
     float signs[kLaneChannels];
     load_channels(signs, device::Global<const Element>(operands.signs), lane, g.head_size);
     ROTEXPORT_UNROLL
@@ -76,12 +77,12 @@ ROTEXPORT_KERNEL void __launch_bounds__(32 * kRowWarps)
     ROTEXPORT_UNROLL
     for (int i = 0; i < kLaneChannels; ++i) x[i] *= operands.factor;
   }
-  if (channel >= operands.width) return;
+  if (channel >= source.width) return;
   Vector<uint32_t, 4> words = pack_channels<Element>(x);
   if (channel >= g.head_size && source.tails != nullptr) {
     words = load_loose(source.tails + row * g.angles, channel - g.head_size, g.angles);
   }
-  device::Global<Element>(source.to).from(row * operands.width).store(channel, words);
+  device::Global<Element>(source.to).from(row * source.width).store(channel, words);
 }
 
 }  // namespace sink_window_attention

@@ -37,10 +37,10 @@ Plan extended(const Plan& plan) {
 
 template <class Element, Format kFormat>
 Status run_with(const Plan& plan, const Operands& given, void* stream) {
-  Operands read = given;  // what attention reads
+  Operands read = given;
+  Operands stored = given;
   Status status;
-  if (arranges_rows(plan)) status = launch_rows<Element>(plan, given, read, stream);
-  const Operands& stored = plan.problem.rotated ? read : given;
+  if (arranges_rows(plan)) status = launch_rows<Element>(plan, given, read, stored, stream);
   if (status && plan.decodes) {
     if (plan.problem.angles > 0) status = launch_means<Element>(plan, given, stream);
     if (status) status = launch_decode<Element, kFormat>(plan, read, stream);

@@ -217,11 +217,9 @@ class Session:
 
         tensors = (batch_of(name) for name in ("query", "query_sink", "key", "value"))
         lengths = (self.past.copy(), np.array(new, np.int32))
-        others = {}
-        if self.case.rotated:
-            others = {"signs": self.case.signs}
-        elif self.case.angles:
-            others = {name: batch_of(name) for name in ("key_mean", "mean_query")}
+        others = {"signs": self.case.signs} if self.case.rotated else {}
+        if self.case.angles:
+            others |= {name: batch_of(name) for name in ("key_mean", "mean_query")}
             turns = [s.turns_seen(p, n, tokens) for s, p, n in zip(self.streams, self.past, new, strict=True)]
             others["mean_angles"] = np.stack(turns)
         return Call(*tensors, *lengths, self.case.slopes, self.cache, others)

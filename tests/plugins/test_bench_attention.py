@@ -76,6 +76,7 @@ class OnEmulator:
         replace(SMALL, bits=4, recent=32, softcap=5.0, decay=0.02, group=16),
         replace(SMALL, bits=2, recent=32, angles=48),
         replace(SMALL, bits=4, rotated=True),
+        replace(SMALL, bits=8, angles=64, rotated=True),
     ],
     ids=lambda attention: attention.form,
 )

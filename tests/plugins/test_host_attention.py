@@ -15,7 +15,7 @@ from fast_hadamard_cases import sylvester
 
 FLOAT, HALF, INT8, INT32, BFLOAT16, INT64 = 0, 1, 2, 3, 7, 8
 CODED = [{"bits": bits} | recent for bits in (8, 4, 2) for recent in ({}, {"recent": 3})]
-SPECIAL = ({}, {"angles": 24}, {"rotated": True})
+SPECIAL = ({}, {"angles": 24}, {"rotated": True}, {"angles": 24, "rotated": True})
 FORMS = [{}, *(coded | special for coded in CODED for special in SPECIAL)]
 INPUTS = ("query", "query_sink", "key", "value", "past_length", "new_length", "decay")
 MEANS = ("key_mean", "mean_query", "mean_angles")
@@ -82,7 +82,7 @@ def test_a_plugin_lives_attends_and_updates_its_cache(
         np.testing.assert_array_equal(found, asked.cache[name], err_msg=name)
 
 
-@pytest.mark.parametrize("form", FORMS[:7], ids=str)
+@pytest.mark.parametrize("form", FORMS[:9], ids=str)
 def test_exactly_the_supported_types_and_formats(host: Host, emulated: Path, form: dict[str, int]) -> None:
     asked = Asked(emulated, Case(**form), 1)
     accepted, other = host.combinations(asked.request)
