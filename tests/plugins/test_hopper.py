@@ -24,7 +24,6 @@ def disassembler() -> str | None:
     return shutil.which("nvdisasm") or next((str(path) for path in wheels), None)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("element", ["Half", "BFloat16"])
