@@ -96,7 +96,7 @@ class Pipeline:
 
 
 def folding_passes() -> list[Pass]:
-    """Return the passes that leave norms without anything to learn, which rotations need."""
+    """Return the passes that leave norms without anything to learn, as turning the residual stream needs."""
     return [CenterLayerNorms(), FoldNorms()]
 
 
@@ -107,8 +107,9 @@ def rotation_passes(rotations: Rotations) -> list[Pass]:
     """
     if not rotations.enabled:
         return []
-    passes = [] if rotations.principal else folding_passes()
+    passes: list[Pass] = []
     if rotations.r1.enabled and rotations.r1.kind != "principal":
+        passes = [] if rotations.principal else folding_passes()
         passes.append(RotateResidual(rotations.r1))
     if rotations.r2.enabled and rotations.r2.kind != "principal":
         passes.append(RotateHeads(rotations.r2, "r2"))
