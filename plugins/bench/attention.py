@@ -12,21 +12,17 @@ be.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from attention_streams import definition_row, random_new, random_turns, special_inputs, special_noise
 from attention_targets import COPY_BYTES, LONG, MANY_ROWS, SHORT, WARPGROUPS, Result, shortfalls, table
-from fast_hadamard import EPSILON, machine, median_seconds, sanitize
 from gpu_attention import Attention, AttentionKernels, Call
-from gpu_kernels import PLUGINS, build
+from measuring import EPSILON, Benchmark, median_seconds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -207,46 +203,14 @@ def measure(kernels: AttentionKernels) -> Iterator[Result]:
             yield measure_decode(kernels, case, MANY_ROWS)
 
 
-def write(results: list[Result]) -> Path:
-    """Write the results and what they were measured on, and return the file."""
-    about = machine()
-    folder = PLUGINS / "bench" / "results"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{about['gpu'].replace(' ', '-')}-{about['date']}-attention.json".lower()
-    record = {"machine": about, "results": [asdict(result) for result in results]}
-    path.write_text(json.dumps(record, indent=1), "utf-8")
-    return path
-
-
-def main() -> int:
-    """Build, check, measure, write."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--library", type=Path, help="a built librotexport_bench.so; default: build it")
-    parser.add_argument("--check-only", action="store_true", help="check, but do not measure")
-    parser.add_argument("--sanitize", action="store_true", help="check under compute-sanitizer too")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("PyTorch sees no GPU on this machine: run this where one is")
-    library = arguments.library or build(PLUGINS / "build" / "bench")
-    kernels = AttentionKernels.load(library)
-    wrong = check_all(kernels)
-    if wrong:
-        print("\n".join(wrong), file=sys.stderr)
-        return 1
-    if arguments.sanitize:
-        sanitize(__file__, library)
-    if arguments.check_only:
-        return 0
-    results = []
-    for result in measure(kernels):
-        results.append(result)
-        torch.cuda.empty_cache()
-    missed = list(shortfalls(results))
-    print(table(results))
-    print("\n".join(missed) or "every case reaches what it must")
-    print(f"written to {write(results)}")
-    return 2 if missed else 0
-
+BENCHMARK = Benchmark(
+    script=__file__,
+    name="attention",
+    check=lambda library: check_all(AttentionKernels.load(library)),
+    measure=lambda library: measure(AttentionKernels.load(library)),
+    table=table,
+    shortfalls=shortfalls,
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(BENCHMARK.main(__doc__))

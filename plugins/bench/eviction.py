@@ -10,20 +10,16 @@ bench/results/GPU-DATE-eviction.json. Exit status 1 when a result is wrong; no s
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
-from fast_hadamard import EPSILON, machine, median_seconds, sanitize
 from gpu_eviction import NEW, POLICIES, Call, Evicting, EvictionKernels, Expected, expected
-from gpu_kernels import PLUGINS, build
+from measuring import EPSILON, Benchmark, median_seconds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -194,44 +190,13 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def write(results: list[Result]) -> Path:
-    """Write the results and what they were measured on, and return the file."""
-    about = machine()
-    folder = PLUGINS / "bench" / "results"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{about['gpu'].replace(' ', '-')}-{about['date']}-eviction.json".lower()
-    record = {"machine": about, "results": [asdict(result) for result in results]}
-    path.write_text(json.dumps(record, indent=1), "utf-8")
-    return path
-
-
-def main() -> int:
-    """Build, check, measure, write."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--library", type=Path, help="a built librotexport_bench.so; default: build it")
-    parser.add_argument("--check-only", action="store_true", help="check, but do not measure")
-    parser.add_argument("--sanitize", action="store_true", help="check under compute-sanitizer too")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("PyTorch sees no GPU on this machine: run this where one is")
-    library = arguments.library or build(PLUGINS / "build" / "bench")
-    kernels = EvictionKernels(library)
-    wrong = check_all(kernels)
-    if wrong:
-        print("\n".join(wrong), file=sys.stderr)
-        return 1
-    if arguments.sanitize:
-        sanitize(__file__, library)
-    if arguments.check_only:
-        return 0
-    results = []
-    for result in measure(kernels):
-        results.append(result)
-        torch.cuda.empty_cache()
-    print(table(results))
-    print(f"written to {write(results)}")
-    return 0
-
+BENCHMARK = Benchmark(
+    script=__file__,
+    name="eviction",
+    check=lambda library: check_all(EvictionKernels(library)),
+    measure=lambda library: measure(EvictionKernels(library)),
+    table=table,
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(BENCHMARK.main(__doc__))

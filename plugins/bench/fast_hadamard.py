@@ -3,33 +3,26 @@
 Correctness: fresh random inputs, outputs poisoned before each run, float64 references, the error bound of
 kernels/fast_hadamard.h. Speed: medians over CUDA events, 2^28 elements (a gigabyte, far past any L2) in
 buffers that take turns, next to a device-to-device copy, PyTorch's product with H, and public fast Hadamard
-kernels where they are installed, all in one run. Writes bench/results/GPU-DATE.json. Exit status 1 when a
-result is wrong, 2 when one is slower than it must be.
+kernels where they are installed, all in one run. Writes bench/results/GPU-DATE-fast-hadamard.json. Exit
+status 1 when a result is wrong, 2 when one is slower than it must be.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import importlib
 import itertools
-import json
 import math
-import shutil
-import statistics
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
-from gpu_kernels import CLIP, OUTPUTS, PLUGINS, Kernels, Transform, build
+from gpu_kernels import CLIP, OUTPUTS, Kernels, Transform
+from measuring import EPSILON, Benchmark, median_seconds
 
 ELEMENTS = 2**28
 BUFFERS = 3
-REPEATS = 30
 LONGEST_DENSE = 8192
 PUBLIC = ("fast_hadamard_transform", "faster_hadamard_transform")
 
@@ -53,7 +46,6 @@ CHECKED = [
     Transform(20, 2),
     Transform(924, 32),
 ]
-EPSILON = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 
 
 def dense(transform: Transform, device: torch.device) -> torch.Tensor:
@@ -114,21 +106,6 @@ def check(kernels: Kernels, x: torch.Tensor, signs: torch.Tensor, transform: Tra
     return float(torch.cat([scale_error.flatten(), code_error.flatten()]).max().item())
 
 
-def median_seconds(actions: Sequence[Callable[[], object]]) -> float:
-    """Return the median time of one action, the actions (one per buffer) taking turns."""
-    for action in actions:
-        action()
-    times = []
-    for repeat in range(REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        actions[repeat % len(actions)]()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-    return statistics.median(times)
-
-
 def public_kernels() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     """Return the public fast Hadamard transforms that are installed; powers of two only."""
     found: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
@@ -152,6 +129,12 @@ class Result:
     def of_copy(self, what: str) -> float:
         """Return how many times faster than the copy `what` is."""
         return self.seconds["copy"] / self.seconds[what]
+
+
+def measure_all(kernels: Kernels) -> Iterator[Result]:
+    """Measure every length that must reach something."""
+    for transform, dtype in itertools.product(MUST_REACH, (torch.float16, torch.bfloat16)):
+        yield measure(kernels, transform, dtype)
 
 
 def measure(kernels: Kernels, transform: Transform, dtype: torch.dtype) -> Result:
@@ -193,25 +176,11 @@ def shortfalls(result: Result, transform: Transform) -> Iterator[str]:
             yield f"{name}: slower than {public}"
 
 
-def machine() -> dict[str, str]:
-    """Return what the figures were measured on."""
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=PLUGINS
-    )
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": driver.stdout.split("\n")[0].strip(),
-        "cuda": str(torch.version.cuda),
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip() or "unknown",
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-    }
+def shortfalls_of_all(results: list[Result]) -> Iterator[str]:
+    """Yield in words what results miss."""
+    transforms = {str(transform): transform for transform in MUST_REACH}
+    for result in results:
+        yield from shortfalls(result, transforms[result.length])
 
 
 def check_all(kernels: Kernels) -> list[str]:
@@ -227,20 +196,6 @@ def check_all(kernels: Kernels) -> list[str]:
     return wrong
 
 
-def sanitize(script: str, library: Path) -> None:
-    """Run a script's checks once more under compute-sanitizer where it is installed."""
-    if shutil.which("compute-sanitizer") is None:
-        print("compute-sanitizer is not installed: skipped")
-        return
-    command = [sys.executable, script, "--library", str(library), "--check-only"]
-    for tool in ("memcheck", "racecheck"):
-        done = subprocess.run(
-            ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *command], check=False
-        )
-        if done.returncode != 0:
-            raise SystemExit(f"compute-sanitizer's {tool} found errors")
-
-
 def table(results: list[Result]) -> str:
     """Return the results as the Markdown table of plugins/README.md."""
     lines = ["| length | type | of copy | int8 of copy | int4 of copy | TB/s |", "|---|---|---|---|---|---|"]
@@ -251,47 +206,14 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def write(results: list[Result]) -> Path:
-    """Write the results and what they were measured on, and return the file."""
-    about = machine()
-    folder = PLUGINS / "bench" / "results"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{about['gpu'].replace(' ', '-')}-{about['date']}.json".lower()
-    record = {"machine": about, "results": [asdict(result) for result in results]}
-    path.write_text(json.dumps(record, indent=1), "utf-8")
-    return path
-
-
-def main() -> int:
-    """Build, check, measure, write."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--library", type=Path, help="a built librotexport_bench.so; default: build it")
-    parser.add_argument("--check-only", action="store_true", help="check, but do not measure")
-    parser.add_argument("--sanitize", action="store_true", help="check under compute-sanitizer too")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("PyTorch sees no GPU on this machine: run this where one is")
-    library = arguments.library or build(PLUGINS / "build" / "bench")
-    kernels = Kernels(library)
-    wrong = check_all(kernels)
-    if wrong:
-        print("\n".join(wrong), file=sys.stderr)
-        return 1
-    if arguments.sanitize:
-        sanitize(__file__, library)
-    if arguments.check_only:
-        return 0
-    results: list[Result] = []
-    missed: list[str] = []
-    for transform, dtype in itertools.product(MUST_REACH, (torch.float16, torch.bfloat16)):
-        results.append(measure(kernels, transform, dtype))
-        missed += shortfalls(results[-1], transform)
-        torch.cuda.empty_cache()
-    print(table(results))
-    print("\n".join(missed) or "every length reaches what it must")
-    print(f"written to {write(results)}")
-    return 2 if missed else 0
-
+BENCHMARK = Benchmark(
+    script=__file__,
+    name="fast-hadamard",
+    check=lambda library: check_all(Kernels(library)),
+    measure=lambda library: measure_all(Kernels(library)),
+    table=table,
+    shortfalls=shortfalls_of_all,
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(BENCHMARK.main(__doc__))

@@ -10,21 +10,20 @@ it must be.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from fast_hadamard import EPSILON, machine, median_seconds, random_inputs, sanitize
-from gpu_kernels import PLUGINS, Kernels, Transform, build
+from fast_hadamard import random_inputs
+from gpu_kernels import Kernels, Transform
 from gpu_linear import ENDINGS, Linear, LinearKernels, Operands
+from measuring import EPSILON, Benchmark, median_seconds
 
 TURNING_BYTES = 2**28  # of weights, over all buffers: far past any L2
 COPY_BYTES = 2**30
@@ -211,45 +210,22 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def write(results: list[Result]) -> Path:
-    """Write the results and what they were measured on, and return the file."""
-    about = machine()
-    folder = PLUGINS / "bench" / "results"
-    folder.mkdir(exist_ok=True)
-    name = f"{about['gpu'].replace(' ', '-')}-{about['date']}-quantized-linear.json".lower()
-    record = {"machine": about, "results": [asdict(result) for result in results]}
-    (folder / name).write_text(json.dumps(record, indent=1), "utf-8")
-    return folder / name
+BENCHMARK = Benchmark(
+    script=__file__,
+    name="quantized-linear",
+    check=lambda library: check_all(LinearKernels(library)),
+    measure=measure,
+    table=table,
+    shortfalls=lambda results: (line for result in results for line in shortfalls(result)),
+)
 
 
 def main() -> int:
-    """Build, check, measure, write."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--library", type=Path, help="a built librotexport_bench.so; default: build it")
-    parser.add_argument("--check-only", action="store_true", help="check, but do not measure")
-    parser.add_argument("--sanitize", action="store_true", help="check under compute-sanitizer too")
-    parser.add_argument("--int8", type=int, nargs=3, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("PyTorch sees no GPU on this machine: run this where one is")
-    if arguments.int8:
-        print(int8_seconds(Linear("W8A8", *arguments.int8)))
+    """Run the benchmark, or one measurement of it that needs a process of its own."""
+    if sys.argv[1:2] == ["--int8"]:
+        print(int8_seconds(Linear("W8A8", *map(int, sys.argv[2:]))))
         return 0
-    library = arguments.library or build(PLUGINS / "build" / "bench")
-    wrong = check_all(LinearKernels(library))
-    if wrong:
-        print("\n".join(wrong), file=sys.stderr)
-        return 1
-    if arguments.sanitize:
-        sanitize(__file__, library)
-    if arguments.check_only:
-        return 0
-    results = list(measure(library))
-    missed = [line for result in results for line in shortfalls(result)]
-    print(table(results))
-    print("\n".join(missed) or "every product reaches what it must")
-    print(f"written to {write(results)}")
-    return 2 if missed else 0
+    return BENCHMARK.main(__doc__)
 
 
 if __name__ == "__main__":
