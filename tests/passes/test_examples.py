@@ -33,13 +33,14 @@ from rotexport.passes.rotate_residual import RotateResidual
 from rotexport.passes.share_weights import ShareWeights
 from rotexport.passes.smooth_inputs import SmoothDownInputs
 from rotexport.passes.stream_attention import StreamAttention
+from rotexport.passes.transform_heads import TransformKeys, TransformValues
 from rotexport.passes.transform_inputs import TransformInputs
 from rotexport.quant.operators import with_operators
 from rotexport.quant.plan import SitePlan
 from rotexport.quant.scheme import ActivationScheme, CacheScheme, WeightScheme
 from rotexport.recipe import Rotation
 from rotexport.streaming.scheme import AttentionScheme
-from rotexport.transforms.transform import InvertibleMatrix, KroneckerPair, ScaledKronecker
+from rotexport.transforms.transform import Identity, InvertibleMatrix, KroneckerPair, ScaledKronecker
 
 FOLDER = Path(__file__).parents[2] / "graphs" / "passes"
 HADAMARD = Rotation("hadamard")
@@ -52,13 +53,8 @@ PLACED = with_operators(
         )
     ]
 )
-LEARNED = ScaledKronecker(
-    None,
-    KroneckerPair(
-        InvertibleMatrix(np.array([[1.0, 1.0], [0.0, 1.0]])),
-        InvertibleMatrix(np.array([[2.0, 0.0], [1.0, 1.0]])),
-    ),
-)
+SHEAR = InvertibleMatrix(np.array([[1.0, 1.0], [0.0, 1.0]]))
+LEARNED = ScaledKronecker(None, KroneckerPair(SHEAR, InvertibleMatrix(np.array([[2.0, 0.0], [1.0, 1.0]]))))
 BEHIND: dict[str, Pass] = {"place-linears": QuantizeWeights(PLACED)}  # what must have run before
 PASSES: dict[str, Pass] = {
     rewrite.name: rewrite
@@ -72,6 +68,8 @@ PASSES: dict[str, Pass] = {
         RotateDownInputs(HADAMARD),
         MixHeads(),
         TransformInputs({("up", "up.2"): LEARNED}),
+        TransformValues({0: SHEAR}),
+        TransformKeys({0: ScaledKronecker(None, KroneckerPair(Identity(1), SHEAR))}),
         SetPrecision(np.dtype(np.float16)),
         QuantizeWeights([INT4]),
         PlaceLinears(PLACED),
