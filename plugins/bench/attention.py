@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from attention_streams import definition_row, random_new, random_turns, special_inputs, special_noise
@@ -28,7 +29,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 WARPGROUP_SIZES = [(64, 64), (128, 128), (112, 48), (48, 64)]
 SIZES = [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (112, 48)]
-FORMATS: list[tuple[int | None, int]] = [(None, 0), (8, 0), (4, 0), (2, 0), (8, 32), (4, 32), (2, 32)]
+FP8: dict[str, Any] = {"bits": 8, "fp8": True}
+WHOLE_WINDOWS: list[dict[str, Any]] = [{}, {"bits": 8}, {"bits": 4}, {"bits": 2}, FP8]
+FORMATS = [*WHOLE_WINDOWS, *({"bits": bits, "recent": 32} for bits in (8, 4, 2))]
 LARGEST_HEAD = 256  # with the angles of its mean
 CALLS = [(200, 30), (3, 16), (1, 0), (97, 180)]  # new tokens of two rows
 LONG_CALLS = [(700, 130), (3, 16), (400, 900)]  # over tiles enough for warpgroups to copy ahead
@@ -72,18 +75,15 @@ def check(
 
 def cases(sizes: Sequence[tuple[int, int]], window: int) -> Iterator[Attention]:
     """Return every size, format and type, plain, with all else that logits take, centered and rotated."""
-    for (head, value), (bits, recent), dtype in itertools.product(
-        sizes, FORMATS, (torch.float16, torch.bfloat16)
-    ):
-        one = Attention(
-            head, value, kv_heads=2, repeat=3, window=window, bits=bits, recent=recent, dtype=dtype
-        )
+    for (head, value), kept, dtype in itertools.product(sizes, FORMATS, (torch.float16, torch.bfloat16)):
+        one = Attention(head, value, kv_heads=2, repeat=3, window=window, dtype=dtype, **kept)
         yield one
-        yield replace(one, softcap=5.0, decay=0.02, group=16 if bits else None)
-        if bits and 2 * head <= LARGEST_HEAD:
-            yield replace(one, angles=head)
-        if bits and head & (head - 1) == 0:
-            yield replace(one, rotated=True)
+        yield replace(one, softcap=5.0, decay=0.02, group=16 if one.bits else None)
+        if one.bits and not one.fp8:
+            if 2 * head <= LARGEST_HEAD:
+                yield replace(one, angles=head)
+            if head & (head - 1) == 0:
+                yield replace(one, rotated=True)
 
 
 def check_all(kernels: AttentionKernels) -> list[str]:
@@ -188,13 +188,13 @@ def measure(kernels: AttentionKernels) -> Iterator[Result]:
     prompts = Attention(window=4096)
     for tokens in (SHORT, LONG):
         yield from measure_prefill(kernels, prompts, tokens)
-    for batch, bits in itertools.product((MANY_ROWS, 1), (None, 8, 4, 2)):
-        yield measure_decode(kernels, replace(usual, bits=bits), batch)
-    for (head, value), (bits, recent) in itertools.product(SIZES, FORMATS):
-        case = replace(usual, head_size=head, value_size=value, bits=bits, recent=recent)
-        if (head, bits, recent) != (128, None, 0):
+    for batch, kept in itertools.product((MANY_ROWS, 1), WHOLE_WINDOWS):
+        yield measure_decode(kernels, replace(usual, **kept), batch)
+    for (head, value), kept in itertools.product(SIZES, FORMATS):
+        case = replace(usual, head_size=head, value_size=value, **kept)
+        if head != 128 or kept:
             yield from measure_prefill(kernels, replace(case, window=4096), SHORT)
-        if head != 128 or recent:
+        if head != 128 or case.recent:
             yield measure_decode(kernels, case, MANY_ROWS)
     for head, bits in itertools.product((64, 128), (8, 4, 2)):
         for special in ({"angles": head}, {"rotated": True}, {"angles": head, "rotated": True}):

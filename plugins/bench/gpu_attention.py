@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from structures import AttentionProblem
 
-from rotexport.streaming.oracle import quantize, ring_positions, visible
+from rotexport.streaming.oracle import quantize, ring_positions, to_fp8, visible
 
 TYPES = {torch.float16: 0, torch.bfloat16: 1}
-FORMATS = {None: 0, 8: 1, 4: 2, 2: 3}  # by bits of a code
+FORMATS = {"float": 0, "int8": 1, "int4": 2, "int2": 3, "fp8": 4}
 CACHE = ("sink_key", "sink_value", "window_key", "window_value", "window_key_scale", "window_value_scale")
 CACHE += ("recent_key", "recent_value")
 NEW = ("query", "query_sink", "key", "value")
@@ -23,7 +23,10 @@ OTHERS = ("key_mean", "mean_query", "mean_angles", "signs")
 
 @dataclass(frozen=True)
 class Attention:
-    """Sizes and numbers of one operator; `bits` None keeps the window in floating point."""
+    """Sizes and numbers of one operator.
+
+    `bits` None keeps the window in floating point; `fp8` codes are numbers, not levels.
+    """
 
     head_size: int = 128
     value_size: int = 128
@@ -39,6 +42,7 @@ class Attention:
     dtype: torch.dtype = torch.float16
     angles: int = 0  # of the mean that keys are stored without
     rotated: bool = False
+    fp8: bool = False
 
     @property
     def query_heads(self) -> int:
@@ -51,9 +55,16 @@ class Attention:
         return self.head_size**-0.5
 
     @property
+    def format(self) -> str:
+        """What the window holds."""
+        if self.bits is None:
+            return "float"
+        return "fp8" if self.fp8 else f"int{self.bits}"
+
+    @property
     def form(self) -> str:
         """How the window is kept, in words."""
-        kept = "float" if self.bits is None else f"int{self.bits}"
+        kept = self.format
         kept += f", {self.recent} recent" if self.recent else ""
         kept += ", centered" if self.angles else ""
         return f"{kept}, rotated" if self.rotated else kept
@@ -73,7 +84,7 @@ class Attention:
             shapes = {"sink": (max(self.sinks, 1), size), "window": (self.window, size)}
             if self.bits is not None:
                 shapes["window"] = (self.window, size * self.bits // 8)
-                made[f"window_{kind}_scale"] = (self.window, self.groups(size), 2)
+                made[f"window_{kind}_scale"] = (self.window, self.groups(size), 1 if self.fp8 else 2)
             if self.recent:
                 shapes["recent"] = (self.recent, size)
             made |= {f"{part}_{kind}": shape for part, shape in shapes.items()}
@@ -106,10 +117,7 @@ class Attention:
         if self.bits is not None:
             centered = row["key"] - row["key_mean"] if self.angles else row["key"]
             stored_key, stored_value = (
-                quantize(
-                    t.repeat_interleave(self.repeat, 0), self.bits, self.group or t.shape[-1], self.dtype
-                ).values()
-                for t in (centered, row["value"])
+                self._stored(t.repeat_interleave(self.repeat, 0), self.bits) for t in (centered, row["value"])
             )
         query, query_sink = row["query"].double(), row["query_sink"].double()
         stored = query @ stored_key.mT
@@ -124,6 +132,12 @@ class Attention:
         seen = visible(length, self.sinks, self.window).to(device)
         weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
         return (weights * exact) @ value + (weights * ~exact) @ stored_value
+
+    def _stored(self, x: torch.Tensor, bits: int) -> torch.Tensor:
+        """Return what codes make of x."""
+        group = self.group or x.shape[-1]
+        kept = to_fp8(x, group, self.dtype) if self.fp8 else quantize(x, bits, group, self.dtype)
+        return kept.values()
 
     @property
     def factor(self) -> float:
@@ -223,7 +237,7 @@ class AttentionKernels:
         a = call.attention
         batch, _, tokens, _ = call.new["query"].shape
         return AttentionProblem(
-            *(TYPES[a.dtype], FORMATS[a.bits], batch, tokens, a.query_heads, a.kv_heads),
+            *(TYPES[a.dtype], FORMATS[a.format], batch, tokens, a.query_heads, a.kv_heads),
             *(a.head_size, a.value_size, a.sinks, a.window, a.recent),
             *(a.groups(a.head_size), a.groups(a.value_size), a.angles, a.rotated, a.scale, a.softcap),
         )

@@ -16,7 +16,7 @@ foreach(element device::Half device::BFloat16)
     rotexport_add_unit(attention_prefill_${short}_${size} kernels/attention_prefill.cu
                        ROTEXPORT_ELEMENT=${element} ROTEXPORT_SIZE=${size})
   endforeach()
-  foreach(format kFloat kInt8 kInt4 kInt2)
+  foreach(format kFloat kInt8 kInt4 kInt2 kFp8)
     rotexport_add_unit(attention_decode_${short}_${format} kernels/attention_decode.cu
                        ROTEXPORT_ELEMENT=${element} ROTEXPORT_FORMAT=${format})
   endforeach()

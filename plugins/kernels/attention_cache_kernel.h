@@ -53,13 +53,26 @@ ROTEXPORT_DEVICE int64_t warp_number() {
 // A lane's codes with the scale of their group, as values.
 template <class Element, Format kFormat>
 ROTEXPORT_DEVICE void widen_channels(float (&x)[kLaneChannels], const LaneCodes& made) {
-  constexpr int kBits = bits_of(kFormat);
   const float step = device::low_of<Element>(made.scale);
-  const float minimum = device::high_of<Element>(made.scale);
-  ROTEXPORT_UNROLL
-  for (int i = 0; i < kLaneChannels; ++i) {
-    const uint32_t code = made.codes[i * kBits / 32] >> i * kBits % 32 & ((1u << kBits) - 1);
-    x[i] = static_cast<float>(static_cast<int>(code ^ 1u << (kBits - 1))) * step + minimum;
+  if constexpr (kFormat == Format::kFp8) {
+    ROTEXPORT_UNROLL
+    for (int word = 0; word < 2; ++word) {
+      uint32_t pairs[2];
+      widen_fp8<Element>(pairs, made.codes[word]);
+      ROTEXPORT_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        x[4 * word + i] = device::low_of<Element>(pairs[i]) * step;
+        x[4 * word + 2 + i] = device::high_of<Element>(pairs[i]) * step;
+      }
+    }
+  } else {
+    constexpr int kBits = bits_of(kFormat);
+    const float minimum = device::high_of<Element>(made.scale);
+    ROTEXPORT_UNROLL
+    for (int i = 0; i < kLaneChannels; ++i) {
+      const uint32_t code = made.codes[i * kBits / 32] >> i * kBits % 32 & ((1u << kBits) - 1);
+      x[i] = static_cast<float>(static_cast<int>(code ^ 1u << (kBits - 1))) * step + minimum;
+    }
   }
 }
 
@@ -105,9 +118,9 @@ ROTEXPORT_KERNEL void __launch_bounds__(kCacheThreads)
       LaneCodes held = load_codes<kFormat>(
           device::Global<const char>(static_cast<const char*>(codes)).from(to * width * bits_of(kFormat) / 8),
           lane);
-      held.scale = device::Global<const uint32_t>(static_cast<const uint32_t*>(scales))
-                       .from(to * groups)
-                       .template load<uint32_t>(channel / group);
+      held.scale = load_scale<kFormat>(device::Global<const char>(static_cast<const char*>(scales))
+                                           .from(to * groups * scale_bytes(kFormat)),
+                                       channel / group);
       widen_channels<Element, kFormat>(x, held);
     }
   } else {
@@ -284,9 +297,9 @@ class Update {
         device::Global<char>(static_cast<char*>(codes)).from(index * width * bits_of(kFormat) / 8), 0, made,
         lane());
     if (channel % group != 0) return;
-    device::Global<uint32_t>(static_cast<uint32_t*>(scales))
-        .from(index * groups)
-        .store(channel / group, made.scale);
+    store_scale<kFormat>(
+        device::Global<char>(static_cast<char*>(scales)).from(index * groups * scale_bytes(kFormat)),
+        channel / group, made.scale);
   }
 
   const Geometry& g_;

@@ -1,9 +1,11 @@
-// Keys and values as codes: graphs/QuantizeTokens.onnxtxt and graphs/DequantizeTokens.onnxtxt for a warp.
+// Keys and values as codes, for a warp: levels as in graphs/QuantizeTokens.onnxtxt and
+// DequantizeTokens.onnxtxt, or numbers as in RoundToFp8.onnxtxt and ReadFp8.onnxtxt.
 #pragma once
 
 #include <type_traits>
 
 #include "kernels/attention.h"
+#include "kernels/attention_fp8.h"
 #include "kernels/attention_sizes.h"
 #include "kernels/device.h"
 
@@ -21,13 +23,19 @@ struct Codes {
   static constexpr uint32_t kSign = 1u << (kBits - 1);
   static constexpr uint32_t kMask = (1u << kBits) - 1;
 
-  // x = level step + minimum, step and minimum in pairs, for the first kCount fields.
+  // x = level step + minimum, or number step, step and minimum in pairs, for the first kCount fields.
   template <int kCount>
   static ROTEXPORT_DEVICE void widen(uint32_t (&pairs)[kCount], uint32_t word, uint32_t steps,
                                      uint32_t minima) {
     static_assert(kCount <= kFields, "a half has fewer fields");
     if constexpr (kFormat == Format::kFloat) {
       pairs[0] = word;
+    } else if constexpr (kFormat == Format::kFp8) {
+      widen_fp8<Element>(pairs, word);
+      ROTEXPORT_UNROLL
+      for (int i = 0; i < kCount; ++i) {
+        pairs[i] = device::multiply_add_pairs<Element>(pairs[i], steps, 0u);
+      }
     } else if constexpr (kBits == 8 && std::is_same<Element, device::BFloat16>::value) {
       widen_bytes(pairs, word ^ 0x80808080u, steps, minima);
     } else {
@@ -68,18 +76,28 @@ struct Codes {
 
 constexpr int kLaneChannels = 8;  // of a token, in each lane of a warp
 
-// A token's channels, eight to a lane, as codes. `scale` holds step and minimum as they are stored.
+// A token's channels, eight to a lane, as codes. `scale` holds step and minimum, of which a number has none.
 struct LaneCodes {
   uint32_t codes[2];
   uint32_t scale;
 };
 
-// All lanes of a warp call it; lanes past the token's last channel get something that means nothing.
+constexpr float kSmallestStep = 1e-6f;
+
+// What a lane's value and those of its group's other lanes combine to.
+template <class Combine>
+ROTEXPORT_DEVICE float over_group(float own, int lane, int group, const Combine& combine) {
+  const int lanes = group / kLaneChannels;
+  const int first = lane - lane % lanes;
+  float all = own;
+  for (int i = 0; i < lanes; ++i) all = combine(all, device::shuffle(own, first + i));
+  return all;
+}
+
 template <class Element, Format kFormat>
-ROTEXPORT_DEVICE LaneCodes quantize(const float (&x)[kLaneChannels], int lane, int group) {
+ROTEXPORT_DEVICE LaneCodes to_levels(const float (&x)[kLaneChannels], int lane, int group) {
   constexpr int kBits = bits_of(kFormat);
   constexpr int kHighest = (1 << kBits) - 1;
-  constexpr float kSmallestStep = 1e-6f;
   float low = x[0];
   float high = x[0];
   ROTEXPORT_UNROLL
@@ -87,14 +105,8 @@ ROTEXPORT_DEVICE LaneCodes quantize(const float (&x)[kLaneChannels], int lane, i
     low = fminf(low, x[i]);
     high = fmaxf(high, x[i]);
   }
-  const int lanes = group / kLaneChannels;
-  const int first = lane - lane % lanes;
-  const float own_low = low;
-  const float own_high = high;
-  for (int i = 0; i < lanes; ++i) {
-    low = fminf(low, device::shuffle(own_low, first + i));
-    high = fmaxf(high, device::shuffle(own_high, first + i));
-  }
+  low = over_group(low, lane, group, [](float a, float b) { return fminf(a, b); });
+  high = over_group(high, lane, group, [](float a, float b) { return fmaxf(a, b); });
   LaneCodes made = {};
   made.scale = device::pack<Element>(fmaxf((high - low) / kHighest, kSmallestStep), low);
   const float step = device::low_of<Element>(made.scale);
@@ -107,6 +119,33 @@ ROTEXPORT_DEVICE LaneCodes quantize(const float (&x)[kLaneChannels], int lane, i
     made.codes[i * kBits / 32] |= code << i * kBits % 32;
   }
   return made;
+}
+
+template <class Element>
+ROTEXPORT_DEVICE LaneCodes to_fp8(const float (&x)[kLaneChannels], int lane, int group) {
+  float largest = 0;
+  ROTEXPORT_UNROLL
+  for (int i = 0; i < kLaneChannels; ++i) largest = fmaxf(largest, fabsf(x[i]));
+  largest = over_group(largest, lane, group, [](float a, float b) { return fmaxf(a, b); });
+  LaneCodes made = {};
+  made.scale = device::pack<Element>(fmaxf(largest / kLargestFp8, kSmallestStep), 0.0f);
+  const float step = device::low_of<Element>(made.scale);
+  ROTEXPORT_UNROLL
+  for (int i = 0; i < kLaneChannels; ++i) {
+    const uint32_t sign = x[i] < 0 ? 0x80u : 0u;
+    made.codes[i / 4] |= (sign | nearest_fp8(fabsf(x[i]) / step)) << i % 4 * 8;
+  }
+  return made;
+}
+
+// All lanes of a warp call it; lanes past the token's last channel get something that means nothing.
+template <class Element, Format kFormat>
+ROTEXPORT_DEVICE LaneCodes quantize(const float (&x)[kLaneChannels], int lane, int group) {
+  if constexpr (kFormat == Format::kFp8) {
+    return to_fp8<Element>(x, lane, group);
+  } else {
+    return to_levels<Element, kFormat>(x, lane, group);
+  }
 }
 
 // The lane's channels of a token [width] of Element; zeros past its end.
@@ -171,6 +210,25 @@ ROTEXPORT_DEVICE void store_codes(const View& bytes, unsigned start, const LaneC
     bytes.store(at, made.codes[0]);
   } else {
     bytes.store(at, static_cast<uint16_t>(made.codes[0]));
+  }
+}
+
+// Step and minimum of a group, or the step alone, of the scales that begin at `bytes`.
+template <Format kFormat, class View>
+ROTEXPORT_DEVICE uint32_t load_scale(const View& bytes, int index) {
+  if constexpr (has_levels(kFormat)) {
+    return bytes.template load<uint32_t>(index * scale_bytes(kFormat));
+  } else {
+    return bytes.template load<uint16_t>(index * scale_bytes(kFormat));
+  }
+}
+
+template <Format kFormat, class View>
+ROTEXPORT_DEVICE void store_scale(const View& bytes, int index, uint32_t scale) {
+  if constexpr (has_levels(kFormat)) {
+    bytes.store(index * scale_bytes(kFormat), scale);
+  } else {
+    bytes.store(index * scale_bytes(kFormat), static_cast<uint16_t>(scale));
   }
 }
 

@@ -37,8 +37,9 @@ class Decode : DecodeWiden<Traits> {
       device::copy_async_commit();
       if (tile < first) continue;
       device::copy_async_wait<1>();
-      device::warp_barrier();
       const Part part = part_of(tile);
+      if (part == kFar) pick_scales(tile, stage);
+      device::warp_barrier();
       if (part != held_part) load_queries(part);
       held_part = part;
       if (part == kFar) {
@@ -64,6 +65,7 @@ class Decode : DecodeWiden<Traits> {
   using Tiles::last_query_;
   using Tiles::operands_;
   using Tiles::part_of;
+  using Tiles::pick_scales;
   using Tiles::queries_;
   using Tiles::range;
   using Tiles::row_;
@@ -147,7 +149,7 @@ class Decode : DecodeWiden<Traits> {
   // Pairs of neighbours become pairs of what lies in the two halves of a word of codes.
   static ROTEXPORT_DEVICE void reorder(Chunk& words, Format format) {
     const Chunk w = words;
-    if (format == Format::kInt8) {
+    if (bits_of(format) == 8) {
       words = {{low_halves(w.values[0], w.values[1]), high_halves(w.values[0], w.values[1]),
                 low_halves(w.values[2], w.values[3]), high_halves(w.values[2], w.values[3])}};
     } else if (format != Format::kFloat) {
@@ -174,7 +176,7 @@ class Decode : DecodeWiden<Traits> {
   ROTEXPORT_DEVICE void start_products(int first) {
     ROTEXPORT_UNROLL
     for (int i = 0; i < 8; ++i) products_[i / 4][i % 4] = 0;
-    if constexpr (kFormat != Format::kFloat) {
+    if constexpr (has_levels(kFormat)) {
       if (operands_.means == nullptr) return;
       const int rows = g_.tokens * g_.repeat;
       const int own = first_row() + lane() / 4;

@@ -224,14 +224,49 @@ class DecodeTiles {
 
   ROTEXPORT_DEVICE void copy_scales(const Side<Element>& from, const Range& range, int first,
                                     const Places& where, unsigned to) const {
-    const char* held = from.scales + int64_t{cache_head()} * where.slots * from.groups * 4;
     for (int i = lane(); i < kCodeTile * from.groups; i += 32) {
       const int j = first + i / from.groups;
       if (j > range.last) {
         stages_.store(to + 4 * i, uint32_t{0});
       } else if (!where.is_fresh(j)) {
-        const int64_t scale = int64_t{where.slot(j)} * from.groups + i % from.groups;
-        device::copy_async<4>(stages_, to + 4 * i, held + 4 * scale);
+        copy_scale(from, where.slots, scale_index(from, where, j, i), to + 4 * i);
+      }
+    }
+  }
+
+  ROTEXPORT_DEVICE int64_t scale_index(const Side<Element>& from, const Places& where, int j, int i) const {
+    return (int64_t{cache_head()} * where.slots + where.slot(j)) * from.groups + i % from.groups;
+  }
+
+  // A step without minimum has half a word, and is copied with the one beside it.
+  ROTEXPORT_DEVICE void copy_scale(const Side<Element>& from, int slots, int64_t index, unsigned to) const {
+    constexpr int kBytes = scale_bytes(Traits::kFormat);
+    const int64_t last = int64_t{g_.batch} * g_.kv_heads * slots * from.groups - 1;
+    if (kBytes == 4 || index % 2 != 0 || index < last) {
+      device::copy_async<4>(stages_, to, from.scales + (index * kBytes & ~int64_t{3}));
+    } else {
+      const auto scales = device::Global<const char>(from.scales).from(index * kBytes);
+      stages_.store(to, load_scale<Traits::kFormat>(scales, 0));
+    }
+  }
+
+  // Steps without minimum, from the words with which a tile's scales have come to the lane that copied them.
+  ROTEXPORT_DEVICE void pick_scales(int tile, int stage) const {
+    if constexpr (kCoded && !has_levels(Traits::kFormat)) {
+      const Range range = this->range(kFar);
+      const int first = range.first + (tile - first_tile(kFar)) * kCodeTile;
+      const Places where = places(kFar);
+      ROTEXPORT_ROLL
+      for (int value = 0; value < 2; ++value) {
+        const Side<Element> from = side(kFar, value != 0);
+        const unsigned to = at<Traits::kFormat>(stage, value ? kValueScales : kKeyScales);
+        for (int i = lane(); i < kCodeTile * from.groups; i += 32) {
+          const int j = first + i / from.groups;
+          if (j > range.last || where.is_fresh(j)) continue;
+          const auto word = stages_.template load<uint32_t>(to + 4 * i);
+          const bool upper = scale_index(from, where, j, i) % 2 != 0;
+          stages_.store(to + 4 * i, upper ? word >> 16 : word & 0xffffu);
+        }
       }
     }
   }

@@ -31,7 +31,7 @@ class DecodeWiden : protected DecodeTiles<Traits> {
                                           (key * g_.key_groups + (channel * g_.key_group_inverse >> 16)) * 4);
       const uint32_t steps = low_halves(scale, scale);
       const uint32_t minima = high_halves(scale, scale);
-      if constexpr (kFormat == Format::kInt8) {
+      if constexpr (Form::kBits == 8) {
         const auto words = stages_.template load<Vector<uint32_t, 2>>(from);
         Form::widen(keys[0], words.values[0], steps, minima);
         Form::widen(keys[1], words.values[1], steps, minima);

@@ -38,8 +38,8 @@ Status check_groups(const char* name, int64_t groups, int64_t size) {
 int64_t extended_size(const Problem& p) { return p.head_size + ceil_div(p.angles, 16) * 16; }
 
 Status check_rows(const Problem& p) {
-  if ((p.angles > 0 || p.rotated) && p.format == Format::kFloat) {
-    return fail("centered and rotated keys are for windows of codes");
+  if ((p.angles > 0 || p.rotated) && !has_levels(p.format)) {
+    return fail("centered and rotated keys are for windows of int8, int4 and int2 codes");
   }
   if (p.angles < 0 || extended_size(p) > kLargestHead) {
     return fail(std::to_string(p.angles) + " angles of a head of " + std::to_string(p.head_size) +
@@ -86,7 +86,9 @@ Status check(const Problem& p) {
     return fail("recent is " + std::to_string(p.recent) + ", must lie between 1 and the window of " +
                 std::to_string(p.window));
   }
-  if (p.recent > 0 && p.format == Format::kFloat) return fail("recent is for windows of codes");
+  if (p.recent > 0 && !has_levels(p.format)) {
+    return fail("recent is for windows of int8, int4 and int2 codes");
+  }
   if (const Status status = check_rows(p); !status) return status;
   if (!(p.scale > 0)) return fail("scale is " + std::to_string(p.scale) + ", must be positive");
   if (!(p.softcap >= 0)) return fail("softcap is " + std::to_string(p.softcap) + ", must not be negative");
@@ -220,7 +222,7 @@ void cache_bytes(const Problem& p, size_t (&bytes)[8]) {
   for (int i = 0; i < 2; ++i) {
     bytes[i] = heads * static_cast<size_t>(std::max<int64_t>(p.sinks, 1)) * sizes[i] * 2;
     bytes[2 + i] = heads * static_cast<size_t>(p.window) * sizes[i] * bits_of(p.format) / 8;
-    bytes[4 + i] = coded ? heads * static_cast<size_t>(p.window) * groups[i] * 4 : 0;
+    bytes[4 + i] = coded ? heads * static_cast<size_t>(p.window) * groups[i] * scale_bytes(p.format) : 0;
     bytes[6 + i] = heads * static_cast<size_t>(p.recent) * sizes[i] * 2;
   }
 }

@@ -65,6 +65,8 @@ Status run_element(const Plan& plan, const Operands& operands, void* stream) {
       return run_with<Element, Format::kInt4>(plan, operands, stream);
     case Format::kInt2:
       return run_with<Element, Format::kInt2>(plan, operands, stream);
+    case Format::kFp8:
+      return run_with<Element, Format::kFp8>(plan, operands, stream);
   }
   return {"SinkWindowAttention: unknown cache format"};
 }

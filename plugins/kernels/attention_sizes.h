@@ -6,8 +6,16 @@
 namespace sink_window_attention {
 
 constexpr int bits_of(Format format) {
-  return format == Format::kFloat ? 16 : format == Format::kInt8 ? 8 : format == Format::kInt4 ? 4 : 2;
+  if (format == Format::kFloat) return 16;
+  if (format == Format::kInt8 || format == Format::kFp8) return 8;
+  return format == Format::kInt4 ? 4 : 2;
 }
+
+// Whether codes are levels above a minimum, in place of numbers.
+constexpr bool has_levels(Format format) { return format != Format::kFloat && format != Format::kFp8; }
+
+// Bytes of what a cache of codes keeps of a group: a scale, and a minimum where it has one.
+constexpr int scale_bytes(Format format) { return has_levels(format) ? 4 : 2; }
 
 // Prefill: 16 rows in each of a warp's tiles; larger heads leave registers for one.
 constexpr int kPrefillWarps = 4;
@@ -23,7 +31,7 @@ constexpr int decode_warps(int size) { return size <= 128 ? 4 : 2; }
 // Bytes of a warp's queries in shared memory; 0 where registers hold them.
 constexpr int query_bytes(int size) { return size <= 128 ? 0 : kDecodeRows * size * 2; }
 constexpr int tile_keys(Format format) {
-  return format == Format::kFloat ? 16 : format == Format::kInt8 ? 32 : 64;
+  return format == Format::kFloat ? 16 : bits_of(format) == 8 ? 32 : 64;
 }
 
 // Bytes from one key to the next in shared memory: spreads keys over the banks.

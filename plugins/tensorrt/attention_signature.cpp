@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <iterator>
 
+#include "kernels/attention_sizes.h"
 #include "tensorrt/shapes.h"
 
 namespace rotexport {
@@ -41,6 +42,7 @@ constexpr AttentionForm kForms[kAttentionForms] = {
     {"SinkWindowAttentionInt2CenteredRecentRotated", Format::kInt2, true, true, true},
     {"SinkWindowAttentionInt2Rotated", Format::kInt2, false, false, true},
     {"SinkWindowAttentionInt2RecentRotated", Format::kInt2, false, true, true},
+    {"SinkWindowAttentionFp8", Format::kFp8, false, false, false},
 };
 
 // What a tensor's elements are.
@@ -87,9 +89,6 @@ bool has(const AttentionForm& form, Input input) {
   if (input >= Input::kSinkKey) return true;
   return input < Input::kKeyMean || form.centered;
 }
-
-// Channels of codes to a byte.
-int64_t per_byte(Format format) { return format == Format::kInt8 ? 1 : format == Format::kInt4 ? 2 : 4; }
 
 std::string text(const std::vector<int64_t>& shape) {
   nvinfer1::Dims dims{static_cast<int32_t>(shape.size()), {}};
@@ -175,10 +174,12 @@ std::vector<int64_t> AttentionSignature::expected_shape(int32_t i, const Problem
       return {p.batch, p.kv_heads, std::max<int64_t>(p.sinks, 1), size};
     case Input::kWindowKey:
     case Input::kWindowValue:
-      return {p.batch, p.kv_heads, p.window, p.format == Format::kFloat ? size : size / per_byte(p.format)};
+      return {p.batch, p.kv_heads, p.window,
+              p.format == Format::kFloat ? size : size * sink_window_attention::bits_of(p.format) / 8};
     case Input::kWindowKeyScale:
     case Input::kWindowValueScale:
-      return {p.batch, p.kv_heads, p.window, value ? p.value_groups : p.key_groups, 2};
+      return {p.batch, p.kv_heads, p.window, value ? p.value_groups : p.key_groups,
+              sink_window_attention::has_levels(p.format) ? 2 : 1};
     case Input::kRecentKey:
     case Input::kRecentValue:
       return {p.batch, p.kv_heads, p.recent, size};

@@ -19,7 +19,7 @@ struct AttentionForm {
   bool rotated;                          // queries and keys come before their rotation
 };
 
-constexpr int kAttentionForms = 25;
+constexpr int kAttentionForms = 26;
 const AttentionForm& attention_form(int index);
 
 // Inputs of all operators, in their order. A form has some of them; those of the cache come in pairs.

@@ -11,7 +11,7 @@ from emulated_attention import CACHE, FORMATS, TYPES, Call, EmulatedAttention
 from fast_hadamard_cases import sylvester
 from structures import AttentionProblem
 
-from rotexport.streaming.oracle import pack, quantize, ring_positions, visible
+from rotexport.streaming.oracle import pack, quantize, ring_positions, to_fp8, visible
 
 EPSILON = {np.dtype(np.float16): 2.0**-11, np.dtype(ml_dtypes.bfloat16): 2.0**-8}
 TORCH = {np.dtype(np.float16): torch.float16, np.dtype(ml_dtypes.bfloat16): torch.bfloat16}
@@ -20,7 +20,10 @@ KINDS = ("key", "value")
 
 @dataclass(frozen=True)
 class Case:
-    """The sizes and numbers of one operator; `bits` None keeps the window in floating point."""
+    """The sizes and numbers of one operator.
+
+    `bits` None keeps the window in floating point; `fp8` codes are numbers, not levels.
+    """
 
     head_size: int = 64
     value_size: int = 64
@@ -36,6 +39,7 @@ class Case:
     dtype: type = np.float16
     angles: int = 0  # of the mean that keys are stored without
     rotated: bool = False
+    fp8: bool = False
 
     @property
     def type(self) -> np.dtype:
@@ -69,7 +73,7 @@ class Case:
     def problem(self, batch: int, tokens: int) -> AttentionProblem:
         return AttentionProblem(
             TYPES[self.type],
-            FORMATS[self.bits],
+            FORMATS["fp8" if self.fp8 else self.bits],
             *(batch, tokens, self.query_heads, self.kv_heads, self.head_size, self.value_size),
             *(self.sinks, self.window, self.recent, self.groups("key"), self.groups("value")),
             *(self.angles, self.rotated),
@@ -85,7 +89,8 @@ class Case:
                 cache[f"window_{kind}"] = np.zeros((*heads, self.window, size), self.type)
                 continue
             cache[f"window_{kind}"] = np.zeros((*heads, self.window, size * self.bits // 8), np.int8)
-            cache[f"window_{kind}_scale"] = np.zeros((*heads, self.window, self.groups(kind), 2), self.type)
+            scales = (*heads, self.window, self.groups(kind), 1 if self.fp8 else 2)
+            cache[f"window_{kind}_scale"] = np.zeros(scales, self.type)
             if self.recent:
                 cache[f"recent_{kind}"] = np.zeros((*heads, self.recent, size), self.type)
         return {name: cache[name] for name in CACHE if name in cache}
@@ -129,13 +134,17 @@ class Stream:
             return self.key
         return (self.key.astype(np.float32) - self.key_mean.astype(np.float32)).astype(self.case.type)
 
-    def grids(self, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def stored(self, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return what the window stores: codes, scales, and the values [Hk, N, size] in float64 they stand for."""
         case = self.case
         stored = self.centered if kind == "key" else self.value
         exact = torch.from_numpy(stored.astype(np.float64))
         size = case.sizes[kind]
         assert case.bits is not None
+        if case.fp8:
+            floats = to_fp8(exact, case.group or size, TORCH[case.type])
+            scales = floats.scales[..., None].numpy().astype(case.type)
+            return floats.numbers.view(torch.int8).numpy(), scales, floats.values().numpy()
         grid = quantize(exact, case.bits, case.group or size, TORCH[case.type])
         scales = torch.stack([grid.steps, grid.minima], -1).numpy().astype(case.type)
         return pack(grid.levels, case.bits).numpy(), scales, grid.values().numpy()
@@ -150,7 +159,7 @@ class Stream:
         key, value = (getattr(self, kind).astype(np.float64).repeat(case.repeat, 0) for kind in KINDS)
         stored_key, stored_value = key, value
         if case.bits is not None:
-            stored_key, stored_value = (self.grids(kind)[2].repeat(case.repeat, 0) for kind in KINDS)
+            stored_key, stored_value = (self.stored(kind)[2].repeat(case.repeat, 0) for kind in KINDS)
         query, query_sink = self.query.astype(np.float64), self.query_sink.astype(np.float64)
         stored = query @ stored_key.swapaxes(1, 2)
         if case.angles:
@@ -185,7 +194,7 @@ class Stream:
             cache[f"sink_{kind}"][:, :sinks] = tokens[:, :sinks]
             rings = {f"window_{kind}": tokens}
             if case.bits is not None:
-                codes, scales, _ = self.grids(kind)
+                codes, scales, _ = self.stored(kind)
                 rings = {f"window_{kind}": codes, f"window_{kind}_scale": scales}
             if case.recent:
                 rings[f"recent_{kind}"] = tokens

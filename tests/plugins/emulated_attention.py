@@ -11,7 +11,7 @@ import numpy as np
 from emulated import EmulatorError
 
 TYPES = {np.dtype(np.float16): 0, np.dtype(ml_dtypes.bfloat16): 1}
-FORMATS = {None: 0, 8: 1, 4: 2, 2: 3}  # by bits of a code
+FORMATS = {None: 0, 8: 1, 4: 2, 2: 3, "fp8": 4}  # by bits of a level
 CACHE = tuple(f"{part}_{kind}" for part in ("sink", "window") for kind in ("key", "value"))
 CACHE += ("window_key_scale", "window_value_scale", "recent_key", "recent_value")
 OTHERS = ("key_mean", "mean_query", "mean_angles", "signs")

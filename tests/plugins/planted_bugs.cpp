@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/attention_fp8.h"
 #include "kernels/device.h"
 
 namespace {
@@ -370,6 +371,17 @@ uint32_t multiply_add_halves(uint32_t a, uint32_t b, uint32_t c) {
 uint32_t multiply_add_bfloat16s(uint32_t a, uint32_t b, uint32_t c) {
   return device::multiply_add_pairs<device::BFloat16>(a, b, c);
 }
+// Pairs of the numbers of a word's bytes: by the instruction, and by what stands in for it.
+void convert_fp8(uint32_t bytes, uint32_t* pairs) {
+  device::convert_fp8<device::Half>(*reinterpret_cast<uint32_t (*)[2]>(pairs), bytes);
+}
+uint32_t widen_upper_fp8_half(uint32_t bytes) {
+  return sink_window_attention::widen_upper_fp8<device::Half>(bytes);
+}
+uint32_t widen_upper_fp8_bfloat16(uint32_t bytes) {
+  return sink_window_attention::widen_upper_fp8<device::BFloat16>(bytes);
+}
+uint32_t nearest_fp8(float size) { return sink_window_attention::nearest_fp8(size); }
 uint16_t round_half(float value) { return device::Half::round(value); }
 uint16_t round_bfloat16(float value) { return device::BFloat16::round(value); }
 float widen_half(uint16_t bits) { return device::Half::widen(bits); }

@@ -22,7 +22,9 @@ from rotexport.graph.io import to_proto
 from rotexport.streaming.oracle import Definition, Row, attend
 
 TYPES = (np.float16, ml_dtypes.bfloat16)
-FORMATS = [(None, 0), (8, 0), (4, 0), (2, 0), (8, 3), (4, 20), (2, 6)]  # bits, recent
+FP8 = {"bits": 8, "fp8": True}
+FORMATS = [{}, {"bits": 8}, {"bits": 4}, {"bits": 2}, FP8]
+FORMATS += [{"bits": 8, "recent": 3}, {"bits": 4, "recent": 20}, {"bits": 2, "recent": 6}]
 SIZES = [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (112, 48), (16, 256)]
 MORE_THAN_DECODED = 17  # the kernels decode up to 16 new tokens, and prefill more
 
@@ -33,26 +35,27 @@ def kernels(emulated: Path) -> EmulatedAttention:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize(("bits", "recent"), FORMATS[:5])
+@pytest.mark.parametrize("kept", FORMATS[:6], ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_every_size_type_and_format(
-    kernels: EmulatedAttention, sizes: tuple[int, int], bits: int | None, recent: int, dtype: type
+    kernels: EmulatedAttention, sizes: tuple[int, int], kept: dict[str, int], dtype: type
 ) -> None:
     """Prefill, then decode a few tokens around the ring, then prefill over what it holds."""
-    case = Case(*sizes, repeat=2, bits=bits, recent=recent, dtype=dtype)
+    case = Case(*sizes, repeat=2, dtype=dtype, **kept)
     check_stream(kernels, case, [[18], [3], [20]])
 
 
-@pytest.mark.parametrize(("bits", "recent"), FORMATS)
+@pytest.mark.parametrize("kept", FORMATS, ids=str)
 @pytest.mark.parametrize("seed", range(4))
 def test_ragged_calls_compute_the_definition(
-    kernels: EmulatedAttention, bits: int | None, recent: int, seed: int
+    kernels: EmulatedAttention, kept: dict[str, int], seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    window = int(rng.integers(max(recent, 1), 40))
+    window = int(rng.integers(max(kept.get("recent", 0), 1), 40))
     case = Case(
         *(64, 64, int(rng.integers(1, 3)), int(rng.choice([1, 2, 3, 5])), int(rng.integers(0, 6)), window),
-        *(bits, recent, rng.choice([None, 16, 32])),
+        **kept,
+        group=rng.choice([None, 16, 32]),
         softcap=float(rng.choice([0, 2.5])),
         decay=float(rng.choice([0, 0.5])),
         dtype=TYPES[seed % 2],
@@ -97,21 +100,46 @@ def test_ragged_calls_on_centered_and_rotated_keys(
     )
 
 
-@pytest.mark.parametrize("bits", [None, 8, 4, 2])
+@pytest.mark.parametrize("kept", FORMATS[:5], ids=str)
 @pytest.mark.parametrize("calls", [[70], [1] * 6 + [64], [33, 33, 4], [16, 16, 16, 16, 6]])
 def test_any_split_into_calls_leaves_the_same_cache(
-    kernels: EmulatedAttention, bits: int | None, calls: list[int]
+    kernels: EmulatedAttention, kept: dict[str, int], calls: list[int]
 ) -> None:
     """With 4 sinks and a window of 24 the ring wraps at different places in each of these."""
-    check_stream(kernels, Case(sinks=4, window=24, bits=bits), [[n] for n in calls])
+    check_stream(kernels, Case(sinks=4, window=24, **kept), [[n] for n in calls])
+
+
+@pytest.mark.parametrize(("kv_heads", "group"), [(1, None), (3, None), (3, 32)])
+def test_scales_of_fp8_may_end_within_a_word(
+    kernels: EmulatedAttention, kv_heads: int, group: int | None
+) -> None:
+    """They have two bytes, and are copied four at a time: of a window of 21 one head's begin within a word."""
+    case = Case(kv_heads=kv_heads, window=21, group=group, **FP8)
+    check_stream(kernels, case, [[16], [9], [1], [20], [2]])
+
+
+def test_fp8_keeps_every_number(kernels: EmulatedAttention) -> None:
+    """Keys and values that are numbers themselves, with 448 in every group: their bytes are what is stored."""
+    finite = np.setdiff1d(np.arange(256, dtype=np.uint8), [0x7F, 0x80, 0xFF]).view(ml_dtypes.float8_e4m3fn)
+    case = Case(sinks=0, window=5, **FP8)
+    stream = Stream(case, 5, np.random.default_rng(0))
+    tokens = np.full((5, 64), 448, np.float16)
+    tokens[:, 1:] = np.resize(finite, (5, 63))
+    stream.key[:] = stream.value[:] = tokens
+    session = Session(kernels, case, [stream])
+    session.call([5])
+    codes = tokens.astype(ml_dtypes.float8_e4m3fn).view(np.int8)
+    for kind in ("key", "value"):
+        np.testing.assert_array_equal(session.cache[f"window_{kind}"][0, 0], codes)
+        np.testing.assert_array_equal(session.cache[f"window_{kind}_scale"], 1)
 
 
 @pytest.mark.parametrize(("sinks", "window"), [(0, 1), (0, 300), (1, 1), (64, 64), (70, 100)])
-@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("kept", [{}, {"bits": 4}, FP8], ids=str)
 def test_extreme_windows_over_many_tiles(
-    kernels: EmulatedAttention, sinks: int, window: int, bits: int | None
+    kernels: EmulatedAttention, sinks: int, window: int, kept: dict[str, int]
 ) -> None:
-    check_stream(kernels, Case(sinks=sinks, window=window, bits=bits), [[190], [1], [2]])
+    check_stream(kernels, Case(sinks=sinks, window=window, **kept), [[190], [1], [2]])
 
 
 @pytest.mark.parametrize(
@@ -122,6 +150,7 @@ def test_extreme_windows_over_many_tiles(
         {"bits": 8, "recent": 3},
         {"bits": 2, "recent": 3, "angles": 24},
         {"bits": 4, "rotated": True},
+        FP8,
     ],
 )
 @pytest.mark.parametrize("tokens", [2, 40])
@@ -157,11 +186,11 @@ def stream_without_nan(stream: Stream) -> Stream:
     return stream
 
 
-@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("kept", [{}, {"bits": 4}, FP8], ids=str)
 @pytest.mark.parametrize("tokens", [3, MORE_THAN_DECODED])
-def test_rows_of_the_batch_do_not_leak(kernels: EmulatedAttention, bits: int | None, tokens: int) -> None:
+def test_rows_of_the_batch_do_not_leak(kernels: EmulatedAttention, kept: dict[str, int], tokens: int) -> None:
     """Between a NaN row and an infinite one, a row is what it is alone; slots that hold nothing are not read."""
-    case = Case(bits=bits, repeat=2)
+    case = Case(repeat=2, **kept)
     rng = np.random.default_rng(0)
     alone = Stream(case, tokens, rng)
     wild = [Stream(case, tokens, rng) for _ in range(2)]
@@ -190,13 +219,13 @@ def test_a_row_without_tokens_stays_as_it_is(
     assert_caches_equal({name: tensor[1] for name, tensor in session.cache.items()}, before)
 
 
-@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("kept", [{}, {"bits": 4}, FP8], ids=str)
 @pytest.mark.parametrize("tokens", [1, MORE_THAN_DECODED])
 def test_long_streams_are_as_exact_as_short_ones(
-    kernels: EmulatedAttention, bits: int | None, tokens: int
+    kernels: EmulatedAttention, kept: dict[str, int], tokens: int
 ) -> None:
     """Whole turns of the ring later slots and distances are the same, so everything is, bit for bit."""
-    case = Case(bits=bits, decay=0.3)
+    case = Case(decay=0.3, **kept)
     stream = Stream(case, 40 + tokens, np.random.default_rng(0))
     session = Session(kernels, case, [stream])
     session.call([40])
@@ -246,7 +275,7 @@ def rotated(graph: gs.Graph, size: int) -> gs.Graph:
 @pytest.mark.parametrize(
     "kept",
     [
-        *({}, {"bits": 8}, {"bits": 4, "recent": 5}, {"bits": 2}),
+        *({}, {"bits": 8}, {"bits": 4, "recent": 5}, {"bits": 2}, FP8),
         *({"bits": 4, "angles": ANGLES}, {"bits": 8, "recent": 5, "angles": ANGLES}),
         *({"bits": 2, "rotated": True}, {"bits": 8, "recent": 5, "rotated": True}),
         {"bits": 4, "recent": 5, "angles": ANGLES, "rotated": True},
@@ -259,7 +288,9 @@ def test_the_kernel_computes_its_operators_body(
 ) -> None:
     """The body runs in float16 in ONNX Runtime: its caches are the kernel's, bit for bit."""
     case = Case(kv_heads=2, repeat=2, group=32 if kept else None, softcap=4.0, decay=0.2, **kept)
-    d = Definition(case.sinks, case.window, case.scale, case.softcap, case.bits, case.group, case.recent)
+    d = Definition(
+        *(case.sinks, case.window, case.scale, case.softcap, case.bits, case.group, case.recent, case.fp8)
+    )
     shape = Shape(d, 2, 2, case.head_size, case.value_size, case.angles > 0)
     graph = operator_graph(shape, np.float16)
     model = to_proto(rotated(graph, case.head_size) if case.rotated else graph).SerializeToString()
@@ -291,7 +322,8 @@ def test_the_kernel_computes_its_operators_body(
         (Case(value_size=272), "value_size is 272, the kernel needs a multiple of 16 up to 256"),
         (Case(window=0), "window is 0, a query sees at least itself"),
         (Case(bits=4, recent=21), "recent is 21, must lie between 1 and the window of 20"),
-        (Case(recent=2), "recent is for windows of codes"),
+        (Case(recent=2), "recent is for windows of int8, int4 and int2 codes"),
+        (Case(**FP8, recent=2), "recent is for windows of int8, int4 and int2 codes"),
         (
             Case(bits=8, group=8),
             "8 groups of a key head of 64 channels: the kernel needs groups of a multiple",
@@ -302,7 +334,8 @@ def test_the_kernel_computes_its_operators_body(
             Case(256, 64, bits=4, angles=8),
             "8 angles of a head of 256 channels: the kernel needs at most 256 of both",
         ),
-        (Case(angles=8), "centered and rotated keys are for windows of codes"),
+        (Case(angles=8), "centered and rotated keys are for windows of int8, int4 and int2 codes"),
+        (Case(**FP8, rotated=True), "centered and rotated keys are for windows of int8, int4 and int2"),
         (
             Case(96, bits=4, rotated=True),
             "head_size is 96, the kernel rotates heads of a power of two channels",

@@ -14,7 +14,8 @@ from attention_checks import assert_caches_equal, assert_close, check_stream
 from emulated_attention import EmulatedAttention
 
 TYPES = (np.float16, ml_dtypes.bfloat16)
-FORMATS = [(None, 0), (8, 0), (4, 0), (2, 0), (8, 3), (4, 140)]  # bits, recent
+FORMATS = [{}, {"bits": 8}, {"bits": 4}, {"bits": 2}, {"bits": 8, "fp8": True}]
+FORMATS += [{"bits": 8, "recent": 3}, {"bits": 4, "recent": 140}]
 SIZES = [(64, 64), (128, 128), (48, 64), (112, 48)]
 KEYS, ROWS = 128, 128  # of a tile, of a block
 
@@ -44,26 +45,28 @@ def kernels(emulated: Path) -> WarpgroupAttention:
     return WarpgroupAttention(emulated / "librotexport_emulated_kernels.so")
 
 
-@pytest.mark.parametrize(("bits", "recent"), FORMATS)
+@pytest.mark.parametrize("kept", FORMATS, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", TYPES)
 def test_every_size_type_and_format(
-    kernels: WarpgroupAttention, sizes: tuple[int, int], bits: int | None, recent: int, dtype: type
+    kernels: WarpgroupAttention, sizes: tuple[int, int], kept: dict[str, int], dtype: type
 ) -> None:
     """A first chunk, and one over what the ring holds, which wraps; then tokens that are decoded from both."""
-    case = Case(*sizes, sinks=3, window=150, bits=bits, recent=recent, dtype=dtype)
+    case = Case(*sizes, sinks=3, window=150, dtype=dtype, **kept)
     check_stream(kernels, case, [[140], [60], [2]])
 
 
-@pytest.mark.parametrize(("bits", "recent"), FORMATS)
+@pytest.mark.parametrize("kept", FORMATS, ids=str)
 @pytest.mark.parametrize("seed", range(3))
 def test_ragged_calls_compute_the_definition(
-    kernels: WarpgroupAttention, bits: int | None, recent: int, seed: int
+    kernels: WarpgroupAttention, kept: dict[str, int], seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     case = Case(
         *(*SIZES[seed], 1, int(rng.choice([1, 2, 3, 5])), int(rng.integers(0, 6))),
-        *(int(rng.integers(max(recent, 1), 300)), bits, recent, rng.choice([None, 32])),
+        int(rng.integers(max(kept.get("recent", 0), 1), 300)),
+        **kept,
+        group=rng.choice([None, 32]),
         softcap=float(rng.choice([0, 2.5])),
         decay=float(rng.choice([0, 0.5])),
         dtype=TYPES[seed % 2],

@@ -41,7 +41,7 @@ class OnEmulator:
         problem = AttentionProblem(
             *(
                 emulated_attention.TYPES[to_numpy(call.new["query"]).dtype],
-                emulated_attention.FORMATS[a.bits],
+                emulated_attention.FORMATS["fp8" if a.fp8 else a.bits],
             ),
             *(
                 batch,
@@ -77,6 +77,7 @@ class OnEmulator:
         replace(SMALL, bits=2, recent=32, angles=48),
         replace(SMALL, bits=4, rotated=True),
         replace(SMALL, bits=8, angles=64, rotated=True),
+        replace(SMALL, bits=8, fp8=True, softcap=5.0, decay=0.02, group=16),
     ],
     ids=lambda attention: attention.form,
 )
@@ -100,6 +101,8 @@ def test_bytes_that_decoding_must_read() -> None:
     """Codes of keys and values, a scale and a minimum each, and four sinks."""
     expected = 64 * 8 * (4092 * (2 * 64 + 2 * 4) + 4 * 2 * 256)
     assert replace(Attention(), bits=4).cache_bytes_read(64) == expected
+    numbers = 64 * 8 * (4092 * (2 * 128 + 2 * 2) + 4 * 2 * 256)  # of fp8, which have no minimum
+    assert replace(Attention(), bits=8, fp8=True).cache_bytes_read(64) == numbers
 
 
 def results(**changed: float) -> list[targets.Result]:

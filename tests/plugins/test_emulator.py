@@ -170,6 +170,46 @@ def test_conversions_round_to_nearest_even(planted: Planted, dtype: type, name: 
     np.testing.assert_array_equal([convert(float(value)) for value in values], expected)
 
 
+def fp8_bytes() -> np.ndarray:
+    """All bytes of float8e4m3fn, four to a word, each in every place: [256, 4]."""
+    each = np.arange(256)
+    return np.stack([each, (each + 77) % 256, (each + 130) % 256, 255 - each], -1).astype(np.uint8)
+
+
+def test_float8_numbers_become_halves(planted: Planted) -> None:
+    """The conversion of compute capability 8.9: every byte, NaN among them, in every place of a word."""
+    pairs = np.empty((256, 2), np.uint32)
+    for word, pair in zip(fp8_bytes().view(np.uint32)[:, 0], pairs, strict=True):
+        planted.library.convert_fp8(ctypes.c_uint32(int(word)), ctypes.c_void_p(pair.ctypes.data))
+    numbers = fp8_bytes().view(ml_dtypes.float8_e4m3fn).astype(np.float16)
+    np.testing.assert_array_equal(pairs.view(np.float16), numbers)
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(np.float16, "half"), (ml_dtypes.bfloat16, "bfloat16")])
+def test_float8_numbers_are_widened_without_an_instruction(planted: Planted, dtype: type, name: str) -> None:
+    """The upper bytes of both halves of a word; caches hold no NaN."""
+    widen = getattr(planted.library, f"widen_upper_fp8_{name}")
+    widen.argtypes, widen.restype = [ctypes.c_uint32], ctypes.c_uint32
+    words = fp8_bytes().view(np.uint32)[:, 0]
+    found = np.array([widen(int(word)) for word in words], np.uint32).view(dtype).reshape(256, 2)
+    numbers = fp8_bytes()[:, 1::2].view(ml_dtypes.float8_e4m3fn).astype(dtype)
+    finite = ~np.isnan(numbers.astype(np.float32))
+    assert finite.sum() == 2 * 254
+    np.testing.assert_array_equal(found[finite].astype(np.float32), numbers[finite].astype(np.float32))
+
+
+def test_the_nearest_float8_number_is_found(planted: Planted) -> None:
+    """Every number, what lies between two (of ties the even one), what surrounds that, and what is too large."""
+    nearest = planted.library.nearest_fp8
+    nearest.argtypes, nearest.restype = [ctypes.c_float], ctypes.c_uint32
+    numbers = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    around = [np.nextafter(middles, np.float32(bound)) for bound in (0, 1000)]
+    values = np.concatenate([numbers, middles, *around, np.float32([448, 464, 465, 1e30, np.inf, 1e-40])])
+    expected = np.minimum(values, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    np.testing.assert_array_equal([nearest(float(value)) for value in values], expected)
+
+
 def test_halves_widen_exactly(planted: Planted) -> None:
     widen = planted.library.widen_half
     widen.argtypes, widen.restype = [ctypes.c_uint16], ctypes.c_float

@@ -1,4 +1,4 @@
-"""Kernels of Hopper's own instructions: no machine without one runs their code, but what it is made of can be read."""
+"""Kernels of instructions that only newer GPUs have: no machine here runs their code, but what it is made of can be read."""
 
 from __future__ import annotations
 
@@ -53,6 +53,24 @@ def test_prefill_multiplies_by_warpgroups_from_copied_tiles(tmp_path: Path, elem
     assert len(copies) % (size // 64) == 0 and copies
     assert not re.findall(r"\b(?:HMMA|LDL|STL)\b", text)
     assert {"USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC"} <= set(re.findall(r"USETMAXREG\.\w+", text))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("element", ["Half", "BFloat16"])
+def test_halves_are_made_of_fp8_by_an_instruction(tmp_path: Path, element: str) -> None:
+    """Decoding converts two bytes at a time; for bfloat16, which has no such instruction, bits are moved."""
+    cubin = tmp_path / "decode.cubin"
+    command = [
+        *("nvcc", "-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", f"-I{PLUGINS}", *HOPPER),
+        *(f"-DROTEXPORT_ELEMENT=device::{element}", "-DROTEXPORT_FORMAT=kFp8", "-cubin"),
+        *(str(PLUGINS / "kernels" / "attention_decode.cu"), "-o", str(cubin)),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    if (nvdisasm := disassembler()) is None:
+        pytest.skip("nvdisasm is not installed: pip install nvidia-cuda-nvdisasm")
+    text = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    assert bool(re.findall(r"F2FP\.F16\.E4M3\.UNPACK_B ", text)) == (element == "Half")
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ from fast_hadamard_cases import sylvester
 FLOAT, HALF, INT8, INT32, BFLOAT16, INT64 = 0, 1, 2, 3, 7, 8
 CODED = [{"bits": bits} | recent for bits in (8, 4, 2) for recent in ({}, {"recent": 3})]
 SPECIAL = ({}, {"angles": 24}, {"rotated": True}, {"angles": 24, "rotated": True})
-FORMS = [{}, *(coded | special for coded in CODED for special in SPECIAL)]
+FP8 = {"bits": 8, "fp8": True}
+FORMS = [{}, FP8, *(coded | special for coded in CODED for special in SPECIAL)]
 INPUTS = ("query", "query_sink", "key", "value", "past_length", "new_length", "decay")
 MEANS = ("key_mean", "mean_query", "mean_angles")
 
@@ -24,7 +25,8 @@ MEANS = ("key_mean", "mean_query", "mean_angles")
 def operator(case: Case) -> str:
     endings = {"Centered": case.angles, "Recent": case.recent, "Rotated": case.rotated}
     kept = "".join(ending for ending, asked in endings.items() if asked)
-    return "SinkWindowAttention" + (f"Int{case.bits}" if case.bits else "") + kept
+    codes = "Fp8" if case.fp8 else f"Int{case.bits}" if case.bits else ""
+    return f"SinkWindowAttention{codes}{kept}"
 
 
 def fields(case: Case) -> list[tuple[str, np.ndarray]]:
@@ -82,7 +84,7 @@ def test_a_plugin_lives_attends_and_updates_its_cache(
         np.testing.assert_array_equal(found, asked.cache[name], err_msg=name)
 
 
-@pytest.mark.parametrize("form", FORMS[:9], ids=str)
+@pytest.mark.parametrize("form", FORMS[:10], ids=str)
 def test_exactly_the_supported_types_and_formats(host: Host, emulated: Path, form: dict[str, int]) -> None:
     asked = Asked(emulated, Case(**form), 1)
     accepted, other = host.combinations(asked.request)
@@ -121,6 +123,11 @@ def test_creators_refuse_bad_fields(
             {"window_key": np.zeros((2, 1, 20, 64), np.int8)},
             "configurePlugin",
             "input 'window_key' has shape [2, 1, 20, 64], must be [2, 1, 20, 32]",
+        ),
+        (
+            {"window_key_scale": np.zeros((2, 1, 20, 1, 1), np.float16)},
+            "configurePlugin",
+            "input 'window_key_scale' has shape [2, 1, 20, 1, 1], must be [2, 1, 20, 1, 2]",
         ),
         ({"key": np.zeros((2, 64), np.float16)}, "getOutputShapes", "input 'key' has 2 axes, must have 4"),
         ({"query": np.zeros((2, 2, 1, 64), np.float32)}, "getOutputDataTypes", "must be float16 or bfloat16"),

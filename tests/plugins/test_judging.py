@@ -37,8 +37,10 @@ def hadamard(length: int, dtype: np.dtype = HALF) -> Question:
     )
 
 
-def attention(head: int = 64, window: int = 32, groups: int = 1, dtype: np.dtype = HALF) -> Question:
-    """An int4 cache of two key heads and four query heads, batch 1 to 4, 1 to 512 tokens."""
+def attention(
+    head: int = 64, window: int = 32, groups: int = 1, dtype: np.dtype = HALF, form: str = "Int4"
+) -> Question:
+    """A cache of codes, two key heads and four query heads, batch 1 to 4, 1 to 512 tokens."""
 
     def fresh(heads: int) -> NodeInput:
         return tensor(dtype, 1, heads, 1, head, largest=(4, heads, 512, head))
@@ -51,8 +53,9 @@ def attention(head: int = 64, window: int = 32, groups: int = 1, dtype: np.dtype
     numbers |= {"head_size": head, "value_size": head, "scale": 0.125, "softcap": 0.0}
     inputs = [tensor(np.dtype(np.int64), 1, 1, largest=(4, 512)), fresh(4), fresh(4), fresh(2), fresh(2)]
     inputs += [*lengths, tensor(FLOAT, 4), *[held(dtype, 4, head)] * 2]
-    inputs += [*[held(INT8, window, head // 2)] * 2, *[held(dtype, window, groups, 2)] * 2]
-    return Question("SinkWindowAttentionInt4", numbers, tuple(inputs))
+    codes, scales = (head // 2, 2) if form == "Int4" else (head, 1)
+    inputs += [*[held(INT8, window, codes)] * 2, *[held(dtype, window, groups, scales)] * 2]
+    return Question(f"SinkWindowAttention{form}", numbers, tuple(inputs))
 
 
 def linear(inputs: int = 128, group: int = 128, **numbers: int) -> Question:
@@ -63,6 +66,7 @@ def linear(inputs: int = 128, group: int = 128, **numbers: int) -> Question:
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 TAKEN = [hadamard(64), hadamard(4096, FLOAT), attention(), attention(80, dtype=BFLOAT16), linear()]
+TAKEN += [attention(form="Fp8"), attention(256, groups=2, dtype=BFLOAT16, form="Fp8")]
 
 
 def test_what_the_kernels_take_is_taken(library: Path) -> None:
@@ -86,6 +90,10 @@ def test_what_the_kernels_take_is_taken(library: Path) -> None:
             "8 groups of a key head of 64 channels: the kernel needs groups of a multiple of 16",
         ),
         (attention(head=128, groups=8), "16 groups of a head's keys and values take more than 99 KB"),
+        (
+            attention(head=128, groups=16, form="Fp8"),
+            "16 groups of a key head of 128 channels: the kernel needs groups of",
+        ),
         (hadamard(65536), "65536"),
         (linear(120), "120"),
         (linear(group=48), "field 'group' is 48, must be a multiple of 32"),

@@ -12,7 +12,8 @@ SOURCES = sorted(
     path
     for folder in ("kernels", "tensorrt")
     for path in (PLUGINS / folder).iterdir()
-    if path.suffix in {".h", ".cpp", ".cu"} and path.name not in {"cuda_device.h", "cuda_warpgroup_device.h"}
+    if path.suffix in {".h", ".cpp", ".cu"}
+    and path.name not in {"cuda_device.h", "cuda_fp8_device.h", "cuda_warpgroup_device.h"}
 )
 ONLY_IN_CUDA_DEVICE = re.compile(
     r"\basm\b|<<<|__shared__|threadIdx|blockIdx|blockDim|gridDim|__sync|__shfl|__ballot|\batomic[A-Z]|__ldg"
