@@ -12,11 +12,13 @@
 // tensors, other tokens in slot (j - sinks) mod window of a ring, as they are or as codes: levels of 8, 4 or
 // 2 bits with a scale and a minimum per group of channels (graphs/QuantizeTokens.onnxtxt), or float8e4m3fn
 // numbers with a scale per group (graphs/RoundToFp8.onnxtxt). Window tokens of the same call are then read as
-// they will be stored. With `recent` > 0 tokens less than `recent` behind a query are
-// read in floating point, from a second ring. With `angles` > 0 the ring holds keys minus `key_mean`, and to
-// the product of a query with a key of codes that of `mean_query` with the key's row of `mean_angles` is
-// added. With `rotated` queries and keys are transformed first: x becomes (signs x) H / sqrt(head_size), H
-// Sylvester's; means are of rotated keys. These three are for levels.
+// they will be stored.
+//
+// Of levels alone: with `recent` > 0 tokens less than `recent` behind a query are read in floating point,
+// from a second ring. With `angles` > 0 the ring holds keys minus `key_mean`, and to the product of a query
+// with a key of codes that of `mean_query` with the key's row of `mean_angles` is added. With `rotated`
+// queries and keys are transformed first: x becomes (signs x) H / sqrt(head_size), H Sylvester's; means are
+// of rotated keys.
 //
 // Launches that read the cache come first; one last launch writes it, every slot at most once, so one buffer
 // may be cache and updated cache, and results do not depend on the order of blocks. Sums are taken in a fixed
