@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from gpu_attention import NEW, Attention
+from gpu_attention import Attention
+from structures import NEW
 
 
 def random_new(

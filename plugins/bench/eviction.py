@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from gpu_eviction import NEW, POLICIES, Call, Evicting, EvictionKernels, Expected, expected
+from gpu_eviction import Call, Evicting, EvictionKernels, Expected, expected
 from measuring import EPSILON, Benchmark, median_seconds
+from structures import NEW, POLICIES
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
-from structures import AttentionProblem
+from gpu_calls import ATTENTION, TYPES, Launch, prepare
+from structures import ATTENTION_CACHE, FORMATS, AttentionProblem
 
 from rotexport.streaming.oracle import quantize, ring_positions, to_fp8, visible
-
-TYPES = {torch.float16: 0, torch.bfloat16: 1}
-FORMATS = {"float": 0, "int8": 1, "int4": 2, "int2": 3, "fp8": 4}
-CACHE = ("sink_key", "sink_value", "window_key", "window_value", "window_key_scale", "window_value_scale")
-CACHE += ("recent_key", "recent_value")
-NEW = ("query", "query_sink", "key", "value")
-OTHERS = ("key_mean", "mean_query", "mean_angles", "signs")
 
 
 @dataclass(frozen=True)
@@ -94,7 +86,7 @@ class Attention:
                 dtype=torch.int8 if self.bits and name in {"window_key", "window_value"} else self.dtype,
                 device=device,
             )
-            for name in CACHE
+            for name in ATTENTION_CACHE
             if name in made
         }
 
@@ -179,16 +171,6 @@ class Attention:
         return before * (before + 1) // 2 + sliding * (self.sinks + self.window)
 
 
-class _Operands(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in (*NEW, "past_length", "new_length", "decay", *OTHERS)),
-        ("cache", ctypes.c_void_p * len(CACHE)),
-        ("present", ctypes.c_void_p * len(CACHE)),
-        ("output", ctypes.c_void_p),
-        ("workspace", ctypes.c_void_p),
-    )
-
-
 @dataclass(frozen=True)
 class Call:
     """One call: new tensors [B, heads, S, size], lengths [B], and the cache, which it updates.
@@ -203,13 +185,16 @@ class Call:
     cache: dict[str, torch.Tensor]
     others: dict[str, torch.Tensor] = field(default_factory=dict)
 
-
-@dataclass(frozen=True)
-class Launch:
-    """A call bound to its operands: `run` fills `output` and updates the cache."""
-
-    output: torch.Tensor
-    run: Callable[[], None]
+    @property
+    def problem(self) -> AttentionProblem:
+        """What the kernels are told of sizes."""
+        a = self.attention
+        batch, _, tokens, _ = self.new["query"].shape
+        return AttentionProblem(
+            *(TYPES[a.dtype], batch, tokens, a.query_heads, a.kv_heads, a.head_size, a.value_size),
+            *(a.sinks, a.window, a.scale, a.softcap, FORMATS[a.format], a.recent),
+            *(a.groups(a.head_size), a.groups(a.value_size), a.angles, a.rotated),
+        )
 
 
 @dataclass(frozen=True)
@@ -231,41 +216,11 @@ class AttentionKernels:
 
     def takes_warpgroups(self, call: Call) -> bool:
         """Whether this call has a kernel of warpgroups here."""
-        return bool(self.library.attention_takes_warpgroups(ctypes.byref(self._problem(call))))
-
-    def _problem(self, call: Call) -> AttentionProblem:
-        a = call.attention
-        batch, _, tokens, _ = call.new["query"].shape
-        return AttentionProblem(
-            *(TYPES[a.dtype], FORMATS[a.format], batch, tokens, a.query_heads, a.kv_heads),
-            *(a.head_size, a.value_size, a.sinks, a.window, a.recent),
-            *(a.groups(a.head_size), a.groups(a.value_size), a.angles, a.rotated, a.scale, a.softcap),
-        )
+        return bool(self.library.attention_takes_warpgroups(ctypes.byref(call.problem)))
 
     def prepare(self, call: Call) -> Launch:
         """Bind the kernels to a call and a new output, which is poisoned."""
-        a = call.attention
-        problem = self._problem(call)
-        query, value = call.new["query"], call.new["value"]
-        workspace_bytes = ctypes.c_size_t()
-        self._call("attention_workspace", ctypes.byref(problem), ctypes.byref(workspace_bytes))
-        output = torch.full((*query.shape[:3], value.shape[3]), torch.nan, dtype=a.dtype, device=query.device)
-        workspace = torch.empty(max(workspace_bytes.value, 1), dtype=torch.uint8, device=query.device)
-        plain = call.new | call.others | {"past_length": call.past_length, "new_length": call.new_length}
-        plain |= {"decay": a.slopes(query.device), "output": output, "workspace": workspace}
-        return Launch(output, partial(self._launch, problem, plain, call.cache))
-
-    def _launch(
-        self, problem: AttentionProblem, plain: dict[str, torch.Tensor], cache: dict[str, torch.Tensor]
-    ) -> None:
-        operands = _Operands(**{name: tensor.data_ptr() for name, tensor in plain.items()})
-        for i, name in enumerate(CACHE):
-            operands.cache[i] = operands.present[i] = cache[name].data_ptr() if name in cache else None
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        arguments = (ctypes.byref(problem), ctypes.byref(operands), ctypes.c_int(self.on_warpgroups), stream)
-        self._call("attention_run", *arguments)
-
-    def _call(self, function: str, *arguments: object) -> None:
-        message = ctypes.create_string_buffer(512)
-        if getattr(self.library, function)(*arguments, message, ctypes.c_size_t(512)):
-            raise RuntimeError(message.value.decode())
+        tensors = call.new | call.others | {"past_length": call.past_length, "new_length": call.new_length}
+        tensors["decay"] = call.attention.slopes(call.past_length.device)
+        choice = ctypes.c_int(self.on_warpgroups)
+        return prepare(self.library, ATTENTION, call.problem, tensors, call.cache, choice)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from gpu_calls import EVICTION, TYPES, Launch, prepare
+from structures import POLICIES, EvictionProblem
 
 Tensor = torch.Tensor
 
-TYPES = {torch.float16: 0, torch.bfloat16: 1}
-POLICIES = {"heavy-hitter": 0, "snapkv": 1}
-CACHE = ("sink_key", "sink_value", "window_key", "window_value", "window_position", "window_score")
-NEW = ("query", "query_sink", "key", "value")
 AROUND = 2  # tokens on each side that share a score (snapkv)
 
 
@@ -81,6 +78,17 @@ class Call:
     past_length: Tensor
     new_length: Tensor
     cache: dict[str, Tensor]
+
+    @property
+    def problem(self) -> EvictionProblem:
+        """What the kernels are told of sizes."""
+        e = self.evicting
+        batch, _, tokens, _ = self.new["query"].shape
+        return EvictionProblem(
+            *(TYPES[e.dtype], batch, tokens, e.query_heads, e.kv_heads, e.head_size, e.value_size),
+            *(e.sinks, e.window, e.scale, e.softcap),
+            *(POLICIES[e.policy], e.recent, e.context, e.observe, e.forget),
+        )
 
 
 @dataclass(frozen=True)
@@ -171,35 +179,6 @@ def _scores(call: Call, row: int, drawn: Tensor, fresh: Tensor) -> Tensor:
     return torch.cat([around[0], mass[int(fresh) :]])
 
 
-class _Problem(ctypes.Structure):
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("policy", ctypes.c_int),
-        *((name, ctypes.c_int64) for name in ("batch", "tokens", "query_heads", "kv_heads")),
-        *((name, ctypes.c_int64) for name in ("head_size", "value_size", "sinks", "window")),
-        *((name, ctypes.c_int64) for name in ("recent", "context", "observe")),
-        *((name, ctypes.c_float) for name in ("forget", "scale", "softcap")),
-    )
-
-
-class _Operands(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in (*NEW, "past_length", "new_length", "decay")),
-        ("cache", ctypes.c_void_p * len(CACHE)),
-        ("present", ctypes.c_void_p * len(CACHE)),
-        ("output", ctypes.c_void_p),
-        ("workspace", ctypes.c_void_p),
-    )
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A call bound to its operands: `run` fills `output` and updates the cache."""
-
-    output: Tensor
-    run: Callable[[], None]
-
-
 class EvictionKernels:
     """The kernels of a built library."""
 
@@ -208,29 +187,6 @@ class EvictionKernels:
 
     def prepare(self, call: Call) -> Launch:
         """Bind the kernels to a call and a new output, which is poisoned."""
-        e, query = call.evicting, call.new["query"]
-        batch, _, tokens, _ = query.shape
-        problem = _Problem(
-            *(TYPES[e.dtype], POLICIES[e.policy], batch, tokens, e.query_heads, e.kv_heads),
-            *(e.head_size, e.value_size, e.sinks, e.window, e.recent, e.context, e.observe),
-            *(e.forget, e.scale, e.softcap),
-        )
-        workspace_bytes = ctypes.c_size_t()
-        self._call("eviction_workspace", ctypes.byref(problem), ctypes.byref(workspace_bytes))
-        output = torch.full((*query.shape[:3], e.value_size), torch.nan, dtype=e.dtype, device=query.device)
-        workspace = torch.empty(max(workspace_bytes.value, 1), dtype=torch.uint8, device=query.device)
-        plain = call.new | {"past_length": call.past_length, "new_length": call.new_length}
-        plain |= {"decay": e.slopes(query.device), "output": output, "workspace": workspace}
-        return Launch(output, partial(self._launch, problem, plain, call.cache))
-
-    def _launch(self, problem: _Problem, plain: dict[str, Tensor], cache: dict[str, Tensor]) -> None:
-        operands = _Operands(**{name: tensor.data_ptr() for name, tensor in plain.items()})
-        for i, name in enumerate(CACHE):
-            operands.cache[i] = operands.present[i] = cache[name].data_ptr()
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        self._call("eviction_run", ctypes.byref(problem), ctypes.byref(operands), stream)
-
-    def _call(self, function: str, *arguments: object) -> None:
-        message = ctypes.create_string_buffer(512)
-        if getattr(self._library, function)(*arguments, message, ctypes.c_size_t(512)):
-            raise RuntimeError(message.value.decode())
+        tensors = call.new | {"past_length": call.past_length, "new_length": call.new_length}
+        tensors["decay"] = call.evicting.slopes(call.past_length.device)
+        return prepare(self._library, EVICTION, call.problem, tensors, call.cache)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from c_calls import call
 from structures import HadamardProblem
 
 from rotexport.transforms.orders import base_matrix
@@ -96,7 +97,7 @@ class Kernels:
             TYPES[x.dtype], OUTPUTS[output], rows, row, transform.base, transform.power, CLIP
         )
         workspace_bytes = ctypes.c_size_t()
-        self._call("fast_hadamard_plan", ctypes.byref(problem), ctypes.byref(workspace_bytes))
+        call(self._library.fast_hadamard_plan, ctypes.byref(problem), ctypes.byref(workspace_bytes))
         workspace = torch.empty(max(workspace_bytes.value, 1), dtype=torch.uint8, device=x.device)
         tensors = (x, signs, transform.table(x.device), y, scale, workspace)
         return Launch(y, scale, partial(self._launch, problem, tensors))
@@ -104,9 +105,4 @@ class Kernels:
     def _launch(self, problem: HadamardProblem, tensors: tuple[torch.Tensor, ...]) -> None:
         operands = _Operands(*(tensor.data_ptr() for tensor in tensors))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        self._call("fast_hadamard_run", ctypes.byref(problem), ctypes.byref(operands), stream)
-
-    def _call(self, function: str, *arguments: object) -> None:
-        message = ctypes.create_string_buffer(512)
-        if getattr(self._library, function)(*arguments, message, ctypes.c_size_t(512)):
-            raise RuntimeError(message.value.decode())
+        call(self._library.fast_hadamard_run, ctypes.byref(problem), ctypes.byref(operands), stream)

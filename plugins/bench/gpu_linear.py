@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from c_calls import call
 from gpu_kernels import TYPES
 from structures import LinearProblem
 
@@ -193,7 +194,7 @@ class LinearKernels:
         tensors = operands.packed()
         y = torch.full((linear.rows, linear.outputs), torch.nan, dtype=linear.dtype, device=device)
         workspace_bytes = ctypes.c_size_t()
-        self._call("quantized_linear_workspace", ctypes.byref(problem), ctypes.byref(workspace_bytes))
+        call(self._library.quantized_linear_workspace, ctypes.byref(problem), ctypes.byref(workspace_bytes))
         tensors["workspace"] = torch.empty(max(workspace_bytes.value, 1), dtype=torch.uint8, device=device)
         tensors["y"] = y
         return Launch(y, partial(self._launch, problem, tensors))
@@ -201,9 +202,4 @@ class LinearKernels:
     def _launch(self, problem: LinearProblem, tensors: dict[str, torch.Tensor]) -> None:
         operands = _Operands(**{name: tensor.data_ptr() for name, tensor in tensors.items()})
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        self._call("quantized_linear_run", ctypes.byref(problem), ctypes.byref(operands), stream)
-
-    def _call(self, function: str, *arguments: object) -> None:
-        message = ctypes.create_string_buffer(512)
-        if getattr(self._library, function)(*arguments, message, ctypes.c_size_t(512)):
-            raise RuntimeError(message.value.decode())
+        call(self._library.quantized_linear_run, ctypes.byref(problem), ctypes.byref(operands), stream)

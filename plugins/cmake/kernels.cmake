@@ -1,5 +1,6 @@
 # rotexport_kernels: every kernel, one compilation unit per instantiation so that they compile side by side.
-add_library(rotexport_kernels STATIC kernels/fast_hadamard_plan.cpp kernels/quantized_linear_plan.cpp)
+add_library(rotexport_kernels STATIC kernels/fast_hadamard_plan.cpp kernels/quantized_linear_plan.cpp
+                                     kernels/attention_planning.cpp)
 
 # Adds one unit: a source compiled with the given definitions.
 function(rotexport_add_unit name source)

@@ -34,37 +34,24 @@
 // number's rounding only at ties.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
-
+#include "kernels/attention_call.h"
 #include "kernels/status.h"
 
 namespace sink_window_attention {
 
-enum class Type : int { kHalf, kBFloat16 };
+using namespace attention;
+
 enum class Format : int { kFloat, kInt8, kInt4, kInt2, kFp8 };
 
 constexpr int kMostDecodedTokens = 16;
-constexpr int kLargestHead = 256;
 
-struct Problem {
-  Type type;
-  Format format;  // of the window's ring
-  int64_t batch;
-  int64_t tokens;
-  int64_t query_heads;
-  int64_t kv_heads;
-  int64_t head_size;
-  int64_t value_size;
-  int64_t sinks;
-  int64_t window;
+struct Problem : Sizes {
+  Format format;         // of the window's ring
   int64_t recent;        // 0: no second ring
   int64_t key_groups;    // of a head, for codes
   int64_t value_groups;  // of a head, for codes
   int64_t angles;        // 0: keys are not centered
   int64_t rotated;       // 0 or 1
-  float scale;
-  float softcap;  // 0: none
 };
 
 // Linear tensors [batch, kv_heads, slots, ...], of which the format leaves some out. Sinks have at least one
@@ -80,36 +67,17 @@ struct Cache {
   void* recent_value;
 };
 
-struct Operands {
-  const void* query;       // [batch, query_heads, tokens, head_size]
-  const void* query_sink;  // the same
-  const void* key;         // [batch, kv_heads, tokens, head_size]
-  const void* value;       // [batch, kv_heads, tokens, value_size]
-  const int32_t* past_length;
-  const int32_t* new_length;
-  const float* decay;       // [query_heads], not negative
+struct Operands : CallOperands {
   const void* key_mean;     // [batch, kv_heads, tokens, head_size]
   const void* mean_query;   // [batch, query_heads, tokens, angles]
   const void* mean_angles;  // [batch, window + tokens, angles]: of the ring's slots, then of the tokens
   const void* signs;        // [head_size]
   Cache cache;
   Cache present;  // the cache after the call: the same buffers, or others
-  void* output;   // [batch, query_heads, tokens, value_size]
-  void* workspace;
 };
 
 // What the kernels know of a problem.
-struct Geometry {
-  int batch;
-  int tokens;
-  int query_heads;
-  int kv_heads;
-  int repeat;  // query heads that share a key head
-  int head_size;
-  int value_size;
-  int sinks;
-  int sink_slots;
-  int window;
+struct Geometry : attention::Geometry {
   int recent;
   int key_group;  // channels
   int value_group;
@@ -119,10 +87,6 @@ struct Geometry {
   int key_row;            // channels of queries and keys that prefill reads
   int key_group_inverse;  // channel * inverse >> 16 is channel / group
   int value_group_inverse;
-  float scale;
-  float softcap;
-  int row_tiles;    // blocks per key head, of packed query rows
-  int splits;       // of a row's keys, when decoding
   int stage_bytes;  // of a warp's tile of keys and values, when decoding
 };
 

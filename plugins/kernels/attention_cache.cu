@@ -11,18 +11,14 @@ template <class Element>
 CacheOperands<Element> views_of(const Plan& plan, const Operands& operands) {
   auto* workspace = static_cast<char*>(operands.workspace);
   CacheOperands<Element> views = {};
-  views.key = static_cast<const Element*>(operands.key);
-  views.value = static_cast<const Element*>(operands.value);
+  set_views(views, operands);
   views.key_mean = static_cast<const Element*>(operands.key_mean);
   views.mean_angles = static_cast<const Element*>(operands.mean_angles);
-  views.past_length = operands.past_length;
-  views.new_length = operands.new_length;
   views.cache = operands.present;
   views.staged[0] = reinterpret_cast<Element*>(workspace);
   views.staged[1] = reinterpret_cast<Element*>(workspace + plan.values_offset);
-  views.sums = reinterpret_cast<const float*>(workspace);
-  views.weights = reinterpret_cast<const float*>(workspace + plan.weights_offset);
-  views.output = static_cast<Element*>(operands.output);
+  views.parts = {reinterpret_cast<const float*>(workspace),
+                 reinterpret_cast<const float*>(workspace + plan.weights_offset)};
   return views;
 }
 

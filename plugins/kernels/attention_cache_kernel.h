@@ -3,26 +3,21 @@
 #pragma once
 
 #include "kernels/attention_codes.h"
+#include "kernels/attention_combine.h"
 #include "kernels/attention_keys.h"
 
 namespace sink_window_attention {
 
-constexpr int kCacheWarps = 4;
+constexpr int kCacheWarps = kCombineWarps;
 constexpr int kCacheThreads = 32 * kCacheWarps;
 
 template <class Element>
-struct CacheOperands {
-  const Element* key;
-  const Element* value;
+struct CacheOperands : CallViews<Element> {
   const Element* key_mean;     // nullptr: keys are not centered
   const Element* mean_angles;  // behind the channels of staged keys
-  const int32_t* past_length;
-  const int32_t* new_length;
   Cache cache;
   Element* staged[2];  // keys, values: [batch, kv_heads, window, row], then [batch, kv_heads, tokens, row]
-  const float* sums;
-  const float* weights;
-  Element* output;
+  Parts<const float> parts;
 };
 
 // A token of keys or values to be moved by a warp.
@@ -142,86 +137,6 @@ ROTEXPORT_KERNEL void __launch_bounds__(kCacheThreads)
   }
 }
 
-// Combines the parts of one packed query row (see Decode) into its output.
-template <class Element>
-class Combine {
- public:
-  ROTEXPORT_DEVICE Combine(const Geometry& g, const CacheOperands<Element>& operands)
-      : g_(g), operands_(operands), shared_(0) {}
-
-  ROTEXPORT_DEVICE void run() const {
-    const int64_t row = device::block_index();
-    const int rows = g_.tokens * g_.repeat;
-    const int64_t cache_head = row / rows;
-    const int token = static_cast<int>(row % rows) / g_.repeat;
-    const int batch = static_cast<int>(cache_head / g_.kv_heads);
-    const int64_t head = cache_head * g_.repeat + row % g_.repeat;  // of all rows' query heads
-    const device::Global<Element> output =
-        device::Global<Element>(operands_.output).from((head * g_.tokens + token) * g_.value_size);
-    const Row lengths = load_row(operands_.past_length, operands_.new_length, batch, g_.tokens);
-    if (token >= lengths.fresh) {
-      for (int i = thread() * 2; i < g_.value_size; i += 2 * kCacheThreads) output.store(i, uint32_t{0});
-      return;
-    }
-    add_parts(row);
-    device::barrier();
-    float total = 0;
-    for (int w = 0; w < kCacheWarps; ++w)
-      total += shared_.template load<float>(kCacheWarps * kLargestHead + w);
-    for (int i = thread() * 2; i < g_.value_size; i += 2 * kCacheThreads) {
-      Vector<float, 2> sum = {};
-      for (int w = 0; w < kCacheWarps; ++w) {
-        const auto part = shared_.template load<Vector<float, 2>>(w * kLargestHead + i);
-        sum.values[0] += part.values[0];
-        sum.values[1] += part.values[1];
-      }
-      output.store(i, device::pack<Element>(sum.values[0] / total, sum.values[1] / total));
-    }
-  }
-
- private:
-  static constexpr int kPieces = kLargestHead / 128;
-
-  static ROTEXPORT_DEVICE int thread() { return static_cast<int>(device::thread_index()); }
-
-  // Every warp takes every fourth part.
-  ROTEXPORT_DEVICE void add_parts(int64_t row) const {
-    const int lane = thread() % 32;
-    const int warp = thread() / 32;
-    const auto weights = device::Global<const float>(operands_.weights).from(row * g_.splits * 2);
-    const auto sums = device::Global<const float>(operands_.sums).from(row * g_.splits * g_.value_size);
-    float maximum = kHidden;
-    for (int i = lane; i < g_.splits; i += 32) maximum = larger(maximum, weights.template load<float>(2 * i));
-    for (int lanes = 16; lanes > 0; lanes /= 2)
-      maximum = larger(maximum, device::shuffle_xor(maximum, lanes));
-    float total = 0;
-    Vector<float, 4> sum[kPieces] = {};
-    for (int part = warp; part < g_.splits; part += kCacheWarps) {
-      const auto weight = weights.template load<Vector<float, 2>>(2 * part);
-      const float factor = device::exp2(weight.values[0] - reference_of(maximum));
-      total += weight.values[1] * factor;
-      ROTEXPORT_UNROLL
-      for (int piece = 0; piece < kPieces; ++piece) {
-        const int column = 128 * piece + 4 * lane;
-        if (column >= g_.value_size) continue;
-        const auto values = sums.template load<Vector<float, 4>>(part * g_.value_size + column);
-        ROTEXPORT_UNROLL
-        for (int i = 0; i < 4; ++i) sum[piece].values[i] += values.values[i] * factor;
-      }
-    }
-    ROTEXPORT_UNROLL
-    for (int piece = 0; piece < kPieces; ++piece) {
-      shared_.store(warp * kLargestHead + 128 * piece + 4 * lane, sum[piece]);
-    }
-    if (lane == 0) shared_.store(kCacheWarps * kLargestHead + warp, total);
-  }
-
-  const Geometry& g_;
-  const CacheOperands<Element>& operands_;
-  device::Shared<float> shared_;
-};
-constexpr unsigned kCombineShared = (kCacheWarps * kLargestHead + kCacheWarps) * sizeof(float);
-
 // Stores the call's tokens: those of the sinks, and the last ones of each ring. Every slot is written at most
 // once, by the warp of its token.
 template <class Element, Format kFormat>
@@ -311,7 +226,7 @@ template <class Element, Format kFormat>
 ROTEXPORT_KERNEL void __launch_bounds__(kCacheThreads)
     finish(Geometry g, CacheOperands<Element> operands, unsigned combined, int64_t errands) {
   if (device::block_index() < combined) {
-    Combine<Element>(g, operands).run();
+    Combine<Element>(g, operands, operands.parts, nullptr).run();
     return;
   }
   const int64_t number = warp_number() - static_cast<int64_t>(combined) * kCacheWarps;

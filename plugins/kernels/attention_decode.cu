@@ -12,20 +12,14 @@ Status launch_decode(const Plan& plan, const Operands& operands, void* opaque_st
   const auto stream = static_cast<device::Stream>(opaque_stream);
   auto* workspace = static_cast<char*>(operands.workspace);
   DecodeOperands<Element> views = {};
-  views.query = static_cast<const Element*>(operands.query);
-  views.query_sink = static_cast<const Element*>(operands.query_sink);
-  views.key = static_cast<const Element*>(operands.key);
-  views.value = static_cast<const Element*>(operands.value);
-  views.past_length = operands.past_length;
-  views.new_length = operands.new_length;
-  views.decay = operands.decay;
+  set_views(views, operands);
   if (g.angles > 0) {
     views.key_mean = static_cast<const Element*>(operands.key_mean);
     views.means = reinterpret_cast<const float*>(workspace + plan.means_offset);
   }
   views.cache = operands.present;
-  views.sums = reinterpret_cast<float*>(workspace);
-  views.weights = reinterpret_cast<float*>(workspace + plan.weights_offset);
+  views.parts = {reinterpret_cast<float*>(workspace),
+                 reinterpret_cast<float*>(workspace + plan.weights_offset)};
   const auto blocks = static_cast<unsigned>(g.batch * g.kv_heads * g.row_tiles * g.splits);
   const device::LaunchShape shape = {blocks, plan.threads, plan.shared_bytes};
   switch (plan.size) {

@@ -1,6 +1,6 @@
 // Sink/window attention for a few queries at the speed at which the cache can be read.
 //
-// A thread block takes 16 packed query rows of one key head (see attention_prefill_kernel.h) and one of
+// A thread block takes 16 packed query rows of one key head (see attention_query_block.h) and one of
 // Geometry::splits parts of the tiles of keys that they see. Each warp works alone: it copies its next tile,
 // codes as they are, to shared memory while it multiplies the last one, and widens codes in registers. Tensor
 // cores sum over channels in any order, as long as queries and keys agree: a lane takes eight neighbouring
@@ -94,8 +94,7 @@ class Decode : DecodeWiden<Traits> {
   ROTEXPORT_DEVICE int64_t query_row(int row) const {
     const int last_row = (last_query_ - row_.past + 1) * g_.repeat - 1;
     const int packed = first_row() + row < last_row ? first_row() + row : last_row;
-    const int64_t head = int64_t{cache_head()} * g_.repeat + packed % g_.repeat;
-    return head * g_.tokens + packed / g_.repeat;
+    return attention::query_row(g_, cache_head(), packed);
   }
 
   // The queries' channels in the order in which keys of the part are widened.
@@ -328,9 +327,11 @@ class Decode : DecodeWiden<Traits> {
     }
     const int64_t index =
         (int64_t{cache_head()} * g_.tokens * g_.repeat + first_row() + row) * g_.splits + split();
-    device::Global<float>(operands_.sums).from(index * g_.value_size).store(column, sums);
+    device::Global<float>(operands_.parts.sums).from(index * g_.value_size).store(column, sums);
     if (column == 0) {
-      device::Global<float>(operands_.weights).from(index * 2).store(0, Vector<float, 2>{{maximum, total}});
+      device::Global<float>(operands_.parts.weights)
+          .from(index * 2)
+          .store(0, Vector<float, 2>{{maximum, total}});
     }
   }
 

@@ -28,19 +28,11 @@ struct DecodeTraits {
 };
 
 template <class Element>
-struct DecodeOperands {
-  const Element* query;
-  const Element* query_sink;
-  const Element* key;
-  const Element* value;
-  const int32_t* past_length;
-  const int32_t* new_length;
-  const float* decay;
+struct DecodeOperands : CallViews<Element> {
   const Element* key_mean;  // nullptr: keys are not centered
   const float* means;       // products of queries with the mean keys: see attention_mean_kernel.h
   Cache cache;
-  float* sums;     // [rows, splits, value size], not yet divided by
-  float* weights;  // [rows, splits, 2]: maximum and sum
+  Parts<float> parts;
 };
 
 // The keys of one part, or their values: in the cache's slots and in the call's tensor.

@@ -16,7 +16,7 @@ struct MeanOperands {
   const Element* angles;  // [batch, window + tokens, angles]
   const int32_t* past_length;
   const int32_t* new_length;
-  float* products;  // [batch, kv_heads, packed rows (see attention_prefill_block.h), mean_row(g)]
+  float* products;  // [batch, kv_heads, packed rows (see attention_query_block.h), mean_row(g)]
 };
 
 template <class Element>

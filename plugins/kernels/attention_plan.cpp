@@ -2,32 +2,15 @@
 #include <string>
 
 #include "kernels/attention.h"
+#include "kernels/attention_planning.h"
 #include "kernels/attention_sizes.h"
 
 namespace sink_window_attention {
 namespace {
 
-// Enough thread blocks for some waves on the largest GPUs. A constant: sums are then taken in the same order
-// on all of them.
-constexpr int64_t kWantedBlocks = 1024;
-constexpr int kMostSplits = 64;
-constexpr int kSharedBytes = 99 * 1024;              // of a thread block, on the smallest architecture
-constexpr int64_t kMostElements = int64_t{1} << 30;  // of a tensor's row: 32-bit offsets
+constexpr int kSharedBytes = 99 * 1024;  // of a thread block, on the smallest architecture
 
-int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
-size_t aligned(int64_t bytes) { return static_cast<size_t>(ceil_div(bytes, 256) * 256); }
-
-Status fail(const std::string& message) {
-  static thread_local std::string kept;
-  kept = "SinkWindowAttention: " + message;
-  return {kept.c_str()};
-}
-
-Status check_head(const char* name, int64_t size) {
-  if (size > 0 && size % 16 == 0 && size <= kLargestHead) return {};
-  return fail(std::string(name) + " is " + std::to_string(size) +
-              ", the kernel needs a multiple of 16 up to " + std::to_string(kLargestHead));
-}
+Status fail(const std::string& message) { return refuse("SinkWindowAttention: " + message); }
 
 Status check_groups(const char* name, int64_t groups, int64_t size) {
   if (groups > 0 && size % groups == 0 && size / groups % 16 == 0) return {};
@@ -52,12 +35,10 @@ Status check_rows(const Problem& p) {
   return {};
 }
 
-int smallest_of(const int (&sizes)[5], int size) {
-  return *std::find_if(std::begin(sizes), std::end(sizes), [size](int padded) { return padded >= size; });
-}
-
+// Decoding has kernels for fewer sizes.
 int decoded_size(const Problem& p) {
-  return smallest_of({64, 64, 64, 128, 256}, static_cast<int>(std::max(p.head_size, p.value_size)));
+  const int size = padded_head(std::max(p.head_size, p.value_size));
+  return size <= 64 ? 64 : std::max(size, 128);
 }
 
 int stage_bytes(const Problem& p) {
@@ -74,14 +55,7 @@ int decode_shared_bytes(const Problem& p) {
 }
 
 Status check(const Problem& p) {
-  if (const Status status = check_head("head_size", p.head_size); !status) return status;
-  if (const Status status = check_head("value_size", p.value_size); !status) return status;
-  if (p.kv_heads < 1 || p.query_heads < 1 || p.query_heads % p.kv_heads != 0) {
-    return fail("query_heads is " + std::to_string(p.query_heads) + ", no multiple of kv_heads " +
-                std::to_string(p.kv_heads));
-  }
-  if (p.sinks < 0) return fail("sinks is " + std::to_string(p.sinks) + ", must not be negative");
-  if (p.window < 1) return fail("window is " + std::to_string(p.window) + ", a query sees at least itself");
+  if (const std::string complaint = complaint_about(p); !complaint.empty()) return fail(complaint);
   if (p.recent < 0 || p.recent > p.window) {
     return fail("recent is " + std::to_string(p.recent) + ", must lie between 1 and the window of " +
                 std::to_string(p.window));
@@ -90,8 +64,6 @@ Status check(const Problem& p) {
     return fail("recent is for windows of int8, int4 and int2 codes");
   }
   if (const Status status = check_rows(p); !status) return status;
-  if (!(p.scale > 0)) return fail("scale is " + std::to_string(p.scale) + ", must be positive");
-  if (!(p.softcap >= 0)) return fail("softcap is " + std::to_string(p.softcap) + ", must not be negative");
   if (p.format != Format::kFloat) {
     if (const Status status = check_groups("key", p.key_groups, p.head_size); !status) return status;
     if (const Status status = check_groups("value", p.value_groups, p.value_size); !status) return status;
@@ -101,26 +73,11 @@ Status check(const Problem& p) {
                   std::to_string(kSharedBytes / 1024) + " KB of shared memory: use larger groups");
     }
   }
-  const int64_t longest = std::max({p.tokens * p.query_heads, p.window + p.tokens, p.sinks});
-  if (p.batch < 0 || p.tokens < 0 || longest > kMostElements / kLargestHead ||
-      p.batch * p.kv_heads * (longest + 1) > kMostElements) {
-    return fail("a batch of " + std::to_string(p.batch) + " rows of " + std::to_string(p.tokens) +
-                " tokens is too large");
-  }
   return {};
 }
 
 void describe(const Problem& p, Geometry& g) {
-  g.batch = static_cast<int>(p.batch);
-  g.tokens = static_cast<int>(p.tokens);
-  g.query_heads = static_cast<int>(p.query_heads);
-  g.kv_heads = static_cast<int>(p.kv_heads);
-  g.repeat = g.query_heads / g.kv_heads;
-  g.head_size = static_cast<int>(p.head_size);
-  g.value_size = static_cast<int>(p.value_size);
-  g.sinks = static_cast<int>(p.sinks);
-  g.sink_slots = std::max(g.sinks, 1);
-  g.window = static_cast<int>(p.window);
+  attention::describe(p, g);
   g.recent = static_cast<int>(p.recent);
   g.key_groups = static_cast<int>(p.format == Format::kFloat ? 1 : p.key_groups);
   g.value_groups = static_cast<int>(p.format == Format::kFloat ? 1 : p.value_groups);
@@ -130,13 +87,11 @@ void describe(const Problem& p, Geometry& g) {
   g.key_row = static_cast<int>(extended_size(p));
   g.key_group_inverse = static_cast<int>(ceil_div(65536, g.key_group));
   g.value_group_inverse = static_cast<int>(ceil_div(65536, g.value_group));
-  g.scale = p.scale;
-  g.softcap = p.softcap;
 }
 
 void plan_prefill(const Problem& p, Plan& plan) {
   Geometry& g = plan.geometry;
-  plan.size = smallest_of({64, 80, 96, 128, 256}, std::max(g.key_row, g.value_size));
+  plan.size = padded_head(std::max(g.key_row, g.value_size));
   g.row_tiles = static_cast<int>(ceil_div(p.tokens * g.repeat, prefill_rows(plan.size)));
   g.splits = 1;
   if (p.format == Format::kFloat) return;
@@ -170,9 +125,7 @@ void plan_decode(const Problem& p, Plan& plan) {
   g.row_tiles = static_cast<int>(ceil_div(rows, kDecodeRows));
   const int64_t tiles =
       ceil_div(p.sinks, tile_keys(Format::kFloat)) + ceil_div(p.window + p.tokens, tile_keys(p.format));
-  const int64_t blocks = std::max<int64_t>(1, p.batch * p.kv_heads * g.row_tiles);
-  const int64_t useful = std::min<int64_t>(kMostSplits, ceil_div(tiles, warps));
-  g.splits = static_cast<int>(std::clamp<int64_t>(ceil_div(kWantedBlocks, blocks), 1, useful));
+  g.splits = count_splits(p.batch * p.kv_heads * g.row_tiles, ceil_div(tiles, warps));
   g.stage_bytes = stage_bytes(p);
   plan.threads = 32 * warps;
   plan.shared_bytes = static_cast<unsigned>(decode_shared_bytes(p));

@@ -23,8 +23,7 @@ PrefillOperands<Element> prefill_views(const Plan& plan, const Operands& operand
   const Cache& cache = operands.present;
   const bool coded = plan.problem.format != Format::kFloat;
   PrefillOperands<Element> views = {};
-  views.query = static_cast<const Element*>(operands.query);
-  views.query_sink = static_cast<const Element*>(operands.query_sink);
+  set_views(views, operands);
   views.keys[kSinks] = held_view<Element>(cache.sink_key, operands.key);
   views.values[kSinks] = held_view<Element>(cache.sink_value, operands.value);
   views.keys[kNear] = held_view<Element>(coded ? cache.recent_key : cache.window_key, operands.key);
@@ -34,10 +33,6 @@ PrefillOperands<Element> prefill_views(const Plan& plan, const Operands& operand
     views.keys[kFar] = staged_view<Element>(g, workspace, g.head_size);
     views.values[kFar] = staged_view<Element>(g, workspace + plan.values_offset, g.value_size);
   }
-  views.past_length = operands.past_length;
-  views.new_length = operands.new_length;
-  views.decay = operands.decay;
-  views.output = static_cast<Element*>(operands.output);
   views.coded = coded;
   return views;
 }

@@ -1,6 +1,6 @@
 #include "kernels/attention_launch.h"
+#include "kernels/attention_run.h"
 #include "kernels/attention_sizes.h"
-#include "kernels/device.h"
 
 namespace sink_window_attention {
 namespace {
@@ -13,19 +13,9 @@ Status run_prefill(const Plan& plan, const Operands& operands, void* stream) {
                            : launch_warpgroup_prefill<Element, 128>(plan, operands, stream);
   }
 #endif
-  switch (plan.size) {
-    case 64:
-      return launch_prefill<Element, 64>(plan, operands, stream);
-    case 80:
-      return launch_prefill<Element, 80>(plan, operands, stream);
-    case 96:
-      return launch_prefill<Element, 96>(plan, operands, stream);
-    case 128:
-      return launch_prefill<Element, 128>(plan, operands, stream);
-    case 256:
-      return launch_prefill<Element, 256>(plan, operands, stream);
-  }
-  return {"SinkWindowAttention: the plan names a size that was not compiled"};
+  return for_size(plan.size, [&](auto size) {
+    return launch_prefill<Element, decltype(size)::value>(plan, operands, stream);
+  });
 }
 
 // Prefill's plan for rows that go on behind the head's channels.
@@ -71,20 +61,6 @@ Status run_element(const Plan& plan, const Operands& operands, void* stream) {
   return {"SinkWindowAttention: unknown cache format"};
 }
 
-// The kernels update a cache in place: one that is to end up elsewhere is copied there first.
-Status copy_cache(const Plan& plan, const Operands& operands, void* stream) {
-  size_t bytes[8];
-  cache_bytes(plan.problem, bytes);
-  const auto* from = reinterpret_cast<void* const*>(&operands.cache);
-  const auto* to = reinterpret_cast<void* const*>(&operands.present);
-  for (int i = 0; i < 8; ++i) {
-    if (bytes[i] == 0 || from[i] == to[i]) continue;
-    const Status copied = device::copy(to[i], from[i], bytes[i], static_cast<device::Stream>(stream));
-    if (!copied) return copied;
-  }
-  return {};
-}
-
 }  // namespace
 
 bool has_warpgroups() {
@@ -96,15 +72,8 @@ bool has_warpgroups() {
 }
 
 Status run(const Plan& plan, const Operands& operands, void* stream) {
-  const Status copied = copy_cache(plan, operands, stream);
-  if (!copied || plan.problem.batch == 0 || plan.problem.tokens == 0) return copied;
-  switch (plan.problem.type) {
-    case Type::kHalf:
-      return run_element<device::Half>(plan, operands, stream);
-    case Type::kBFloat16:
-      return run_element<device::BFloat16>(plan, operands, stream);
-  }
-  return {"SinkWindowAttention: unknown element type"};
+  return run_in_place(plan, operands, stream,
+                      [&](auto element) { return run_element<decltype(element)>(plan, operands, stream); });
 }
 
 }  // namespace sink_window_attention

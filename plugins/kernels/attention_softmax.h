@@ -1,17 +1,9 @@
-// The online softmax of the query rows whose products a lane holds: shared by all kernels that prefill.
+// The online softmax of the query rows whose products a lane holds: shared by all kernels on tiles of keys.
 #pragma once
 
-#include "kernels/attention_keys.h"
+#include "kernels/attention_queries.h"
 
-namespace sink_window_attention {
-
-// A tile of keys as the softmax meets it.
-struct TileMask {
-  Range range;
-  int first;    // position of the tile's first key
-  bool whole;   // every query of the block sees all of the tile
-  bool slopes;  // some query's logits decay with distance
-};
+namespace attention {
 
 // Rows kRows of which a lane holds columns 8 n + 2 (lane % 4) and the next, for n below kKeys / 8.
 template <int kRows, int kKeys>
@@ -27,16 +19,15 @@ class Softmax {
 
   // Products become weights: powers of two against the rows' maxima. Returns whether a maximum of the warp
   // grew: what row i has summed so far is then to be multiplied by shrinks[i]. product(i, c) is that of row i
-  // and of the lane's column c of the tile, facts(i) are those of row i.
-  template <class Product, class Facts>
-  ROTEXPORT_DEVICE bool weigh(const Geometry& g, const TileMask& mask, const Product& product,
-                              const Facts& facts, float (&shrinks)[kRows]) {
-    const Curve curve(g);
-    const bool plain = mask.whole && !mask.slopes && !(curve.cap > 0);
+  // and of the lane's column c of the tile. Unless logits are `plain` products in the curve's units, all of
+  // which are seen, bend(i) turns the products of row i into logits, hidden ones into kHidden.
+  template <class Product, class Bend>
+  ROTEXPORT_DEVICE bool weigh(const Curve& curve, bool plain, const Product& product, const Bend& bend,
+                              float (&shrinks)[kRows]) {
     bool shrinking = false;
     ROTEXPORT_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      if (!plain) bend(i, curve, mask, product, facts(i));
+      if (!plain) bend(i);
       const float factor = plain ? curve.factor : 1.0f;
       float largest = kHidden;
       for_each(i, product, [&](float& x, int) { largest = larger(largest, x); });
@@ -55,23 +46,6 @@ class Softmax {
     return device::any(shrinking);
   }
 
-  // What turns the summed values of row i into its output.
-  ROTEXPORT_DEVICE float inverse_sum(int i) const { return 1.0f / sum_of_quad(sum_[i]); }
-
- private:
-  // Products of a row become logits, hidden ones -infinity.
-  template <class Product>
-  static ROTEXPORT_DEVICE void bend(int i, const Curve& curve, const TileMask& mask, const Product& product,
-                                    const RowFacts& facts) {
-    const int first_key = mask.first + static_cast<int>(device::thread_index()) % 4 * 2;
-    const float slope = mask.slopes ? facts.slope : 0.0f;
-    const float nearest = slope * static_cast<float>(first_key - facts.position);
-    for_each(i, product, [&](float& x, int key) {
-      x = curve(x) + nearest + slope * static_cast<float>(key);
-      if (!mask.range.shows(facts.position, first_key + key)) x = kHidden;
-    });
-  }
-
   // Calls visit(product, key - first key of this lane) for row i.
   template <class Product, class Visit>
   static ROTEXPORT_DEVICE void for_each(int i, const Product& product, const Visit& visit) {
@@ -82,8 +56,14 @@ class Softmax {
     }
   }
 
+  ROTEXPORT_DEVICE float maximum(int i) const { return maximum_[i]; }
+  ROTEXPORT_DEVICE float sum(int i) const { return sum_of_quad(sum_[i]); }
+  // What turns the summed values of row i into its output.
+  ROTEXPORT_DEVICE float inverse_sum(int i) const { return 1.0f / sum(i); }
+
+ private:
   float maximum_[kRows];
   float sum_[kRows];
 };
 
-}  // namespace sink_window_attention
+}  // namespace attention

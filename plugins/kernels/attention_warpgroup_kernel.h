@@ -12,6 +12,7 @@
 
 #include "kernels/attention_prefill_block.h"
 #include "kernels/attention_sizes.h"
+#include "kernels/attention_softmax.h"
 #include "kernels/warpgroup_device.h"
 
 namespace sink_window_attention {
@@ -29,6 +30,7 @@ struct WarpgroupTraits {
   static constexpr int kGroupRows = 64;
   static constexpr int kWarpRows = 16;
   static constexpr int kRows = kGroupRows * kConsumers;
+  static constexpr bool kSplits = false;
   static constexpr int kKeys = kWarpgroupKeys;
   static constexpr int kStages = kSize == 64 ? 4 : 2;
   static constexpr int kPanel = device::kTileColumns;  // a tile is stored as panels of so many columns
@@ -71,6 +73,7 @@ class WarpgroupPrefill : PrefillBlock<Traits> {
   using Block = PrefillBlock<Traits>;
   using typename Block::Chunk;
   using typename Block::Element;
+  using typename Block::Tile;
 
  public:
   ROTEXPORT_DEVICE WarpgroupPrefill(const Geometry& geometry, const PrefillOperands<Element>& operands,
@@ -99,10 +102,10 @@ class WarpgroupPrefill : PrefillBlock<Traits> {
   using Block::first_tile;
   using Block::g_;
   using Block::lane;
-  using Block::operands_;
   using Block::past_;
   using Block::range;
   using Block::thread;
+  using Block::views_;
 
   // Tiles that have arrived, and buffers that are free again.
   static ROTEXPORT_DEVICE device::Mbarrier full(int kind, int stage) {
@@ -136,7 +139,7 @@ class WarpgroupPrefill : PrefillBlock<Traits> {
   ROTEXPORT_DEVICE void produce() const {
     const int fresh = Block::lengths().fresh;
     Stage stage;
-    for (Tile tile = first_tile(kSinks); tile.part < kParts; tile = after(tile)) {
+    for (Tile tile = first_tile(); tile.exists(); tile = after(tile)) {
       const Storage storage = Block::storage(tile);
       const bool box = is_box(tile, storage, fresh);
       for (int kind = 0; kind < kKinds; ++kind) {
@@ -179,7 +182,7 @@ class WarpgroupPrefill : PrefillBlock<Traits> {
   // Rows behind the range's last one repeat it: they are hidden, but must be finite where the others are.
   ROTEXPORT_DEVICE void copy_pieces(int kind, int stage, const Tile& tile, const Storage& storage) const {
     const int width = kind == kKeyTiles ? g_.head_size : g_.value_size;
-    const Held<Element>& held = Block::held(kind == kKeyTiles ? operands_.keys : operands_.values, tile.part);
+    const Held<Element>& held = Block::held(kind == kKeyTiles ? views_.keys : views_.values, tile.part);
     const device::Shared<Element> to = tile_buffer(kind, stage);
     const int last = range(tile.part).last;
     constexpr int kPieces = Traits::kSize / 8;
@@ -211,7 +214,7 @@ class WarpgroupPrefill : PrefillBlock<Traits> {
   ROTEXPORT_DEVICE void consume() {
     prepare();
     Stage stage;
-    Tile tile = first_tile(kSinks);
+    Tile tile = first_tile();
     full(kKeyTiles, stage.index).wait(stage.parity);
     device::warpgroup_arrive();
     multiply_keys(tile, stage.index);
@@ -220,7 +223,7 @@ class WarpgroupPrefill : PrefillBlock<Traits> {
     float shrinks[2];
     weigh(tile, shrinks);
     pack_weights();
-    for (tile = after(tile); tile.part < kParts; tile = after(tile)) {
+    for (tile = after(tile); tile.exists(); tile = after(tile)) {
       const Stage before = stage;
       advance(stage);
       full(kKeyTiles, stage.index).wait(stage.parity);
@@ -245,8 +248,8 @@ class WarpgroupPrefill : PrefillBlock<Traits> {
   }
 
   ROTEXPORT_DEVICE void prepare() {
-    if (g_.sinks > 0) load_queries(operands_.query_sink, Traits::kQueryBytes / 2);
-    load_queries(operands_.query, 0);
+    if (g_.sinks > 0) load_queries(views_.query_sink, Traits::kQueryBytes / 2);
+    load_queries(views_.query, 0);
     sloped_ = Block::prepare_rows(warp_row(), Traits::kWarpRows,
                                   [this](int row, const RowFacts& facts) { facts_.store(row, facts); });
     softmax_.start();
@@ -265,7 +268,7 @@ class WarpgroupPrefill : PrefillBlock<Traits> {
       const int row = group_row() + i / kPieces;
       const int column = i % kPieces * 8;
       copy_piece(query_, first + piece_at(row, column, Traits::kRows),
-                 from + Block::query_row(Block::real_row(row)) * g_.head_size, column, g_.head_size);
+                 from + Block::real_query(row) * g_.head_size, column, g_.head_size);
     }
     device::copy_async_commit();
   }
@@ -308,8 +311,8 @@ class WarpgroupPrefill : PrefillBlock<Traits> {
 
   // products_ become weights.
   ROTEXPORT_DEVICE bool weigh(const Tile& tile, float (&shrinks)[2]) {
-    return softmax_.weigh(
-        g_, Block::mask_of(tile, sloped_),
+    return Block::weigh_range(
+        softmax_, tile, sloped_,
         [this](int i, int c) -> float& { return products_.at(c / 2 * 4 + 2 * i + c % 2); },
         [this](int i) { return facts_.template load<RowFacts>(warp_row() + 8 * i + lane() / 4); }, shrinks);
   }

@@ -22,35 +22,21 @@
 // less may change places.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
-
-#include "kernels/attention.h"
+#include "kernels/attention_call.h"
+#include "kernels/status.h"
 
 namespace eviction {
 
-using sink_window_attention::Geometry;
-using sink_window_attention::Type;
+using namespace attention;
 
 enum class Policy : int { kHeavyHitter, kSnap };
 
-struct Problem {
-  Type type;
+struct Problem : Sizes {
   Policy policy;
-  int64_t batch;
-  int64_t tokens;
-  int64_t query_heads;
-  int64_t kv_heads;
-  int64_t head_size;
-  int64_t value_size;
-  int64_t sinks;
-  int64_t window;
   int64_t recent;
   int64_t context;
   int64_t observe;  // snapkv
   float forget;     // heavy hitters
-  float scale;
-  float softcap;  // 0: none
 };
 
 constexpr int kCacheTensors = 6;
@@ -65,18 +51,9 @@ struct Cache {
   void* window_score;     // float
 };
 
-struct Operands {
-  const void* query;       // [batch, query_heads, tokens, head_size]
-  const void* query_sink;  // the same
-  const void* key;         // [batch, kv_heads, tokens, head_size]
-  const void* value;       // [batch, kv_heads, tokens, value_size]
-  const int32_t* past_length;
-  const int32_t* new_length;
-  const float* decay;  // [query_heads], not negative
+struct Operands : CallOperands {
   Cache cache;
   Cache present;  // the cache after the call: the same buffers, or others
-  void* output;   // [batch, query_heads, tokens, value_size]
-  void* workspace;
 };
 
 // What the kernels know of a policy.

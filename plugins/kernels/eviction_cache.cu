@@ -13,8 +13,8 @@ template <class Element>
 Status launch_combine(const Plan& plan, const Operands& operands, void* stream) {
   const Geometry& g = plan.geometry;
   const auto blocks = static_cast<unsigned>(int64_t{g.batch} * g.query_heads * g.tokens);
-  return device::launch(combine<Element>, {blocks, kCombineThreads, 0}, static_cast<device::Stream>(stream),
-                        g, views_of<Element>(plan, operands));
+  return device::launch(combine<Element>, {blocks, kCombineThreads, kCombineShared},
+                        static_cast<device::Stream>(stream), g, views_of<Element>(plan, operands));
 }
 
 template <class Element>

@@ -2,54 +2,16 @@
 // is moved to its slots.
 #pragma once
 
+#include "kernels/attention_combine.h"
 #include "kernels/eviction_tokens.h"
 
 namespace eviction {
 
 // Combines the parts of one packed query row (see Attend) into its output.
-constexpr int kCombineThreads = 64;
-
 template <class Element>
 ROTEXPORT_KERNEL void __launch_bounds__(kCombineThreads) combine(Geometry g, Views<Element> views) {
-  const int64_t index = device::block_index();
-  const int rows = g.tokens * g.repeat;
-  const int packed = static_cast<int>(index % rows);
-  const int token = packed / g.repeat;
-  const int64_t cache_head = index / rows;
-  const int64_t query_head = cache_head * g.repeat + packed % g.repeat;
-  const auto output =
-      device::Global<Element>(views.output).from((query_head * g.tokens + token) * g.value_size);
-  const Row lengths =
-      load_row(views.past_length, views.new_length, static_cast<int>(cache_head / g.kv_heads), g.tokens);
-  const int first = static_cast<int>(device::thread_index()) * 2;
-  if (token >= lengths.fresh) {
-    for (int i = first; i < g.value_size; i += 2 * kCombineThreads) output.store(i, uint32_t{0});
-    return;
-  }
-  const auto weights = device::Global<const float>(views.scratch.weights).from(index * g.splits * 2);
-  const auto sums = device::Global<const float>(views.scratch.sums).from(index * g.splits * g.value_size);
-  float maximum = kHidden;
-  for (int part = 0; part < g.splits; ++part) {
-    maximum = larger(maximum, weights.template load<float>(2 * part));
-  }
-  float total = 0;
-  for (int part = 0; part < g.splits; ++part) {
-    const auto weight = weights.template load<Vector<float, 2>>(2 * part);
-    total += weight.values[1] * device::exp2(weight.values[0] - reference_of(maximum));
-  }
-  if (first == 0) {
-    device::Global<float>(views.scratch.stats).from(index * 2).store(0, Vector<float, 2>{{maximum, total}});
-  }
-  for (int i = first; i < g.value_size; i += 2 * kCombineThreads) {
-    Vector<float, 2> sum = {};
-    for (int part = 0; part < g.splits; ++part) {
-      const float factor = device::exp2(weights.template load<float>(2 * part) - reference_of(maximum));
-      const auto values = sums.template load<Vector<float, 2>>(part * g.value_size + i);
-      sum.values[0] += values.values[0] * factor;
-      sum.values[1] += values.values[1] * factor;
-    }
-    output.store(i, device::pack<Element>(sum.values[0] / total, sum.values[1] / total));
-  }
+  const Parts<const float> parts = {views.scratch.parts.sums, views.scratch.parts.weights};
+  Combine<Element>(g, views, parts, views.scratch.stats).run();
 }
 
 // Brings what stays to its slots (see Choose), in place. A thread block takes sixteen channels of all keys,

@@ -7,25 +7,22 @@
 // order of sums is fixed.
 #pragma once
 
+#include "kernels/attention_tiles.h"
 #include "kernels/eviction_tokens.h"
 
 namespace eviction {
 
-template <class Element_, int kSize_>
-struct MassTraits {
-  using Element = Element_;
-  static constexpr int kSize = kSize_;
-  static constexpr int kWarps = 4;
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kKeyTiles = mass_key_tiles(kSize);
-  static constexpr int kKeys = mass_keys(kSize);
-  static constexpr int kWarpKeys = kKeys / kWarps;
-  static constexpr int kSteps = kSize / 16;
-  static constexpr int kStride = kSize + 8;
-  static constexpr unsigned kStageBytes = kTile * kStride * 2;
-  static constexpr unsigned kSharedBytes = 2 * kStageBytes;
+// Tiles of rows of matrices are keys here, and the two tiles of keys are stages of queries.
+template <class Element, int kSize>
+struct MassTraits : TileTraits<Element, kSize, mass_key_tiles(kSize)> {
+  using Tiles = TileTraits<Element, kSize, mass_key_tiles(kSize)>;
+  static constexpr int kKeyTiles = Tiles::kRowTiles;
+  static constexpr int kKeys = Tiles::kRows;
+  static constexpr int kWarpKeys = Tiles::kWarpRows;
+  static constexpr unsigned kSharedBytes = 2 * Tiles::kTileBytes;
 
-  static_assert(kKeys <= 2 * kTile, "keys pass through the two stages of queries");
+  static_assert(Tiles::kKeys == kTile && kKeys == mass_keys(kSize), "what the planner counts");
+  static_assert(kKeys <= 2 * kTile, "keys pass through the stages of queries");
 };
 
 template <class Traits>
@@ -122,7 +119,7 @@ class Mass {
 
   // Starts to copy the block's keys to the queries' stages.
   ROTEXPORT_DEVICE void copy_keys() const {
-    clear_padding();
+    clear_padding<Traits>(rows_, 2 * kTile, g_.head_size);
     ROTEXPORT_ROLL
     for (int i = thread(); i < Traits::kKeys * Traits::kSize / 8; i += Traits::kThreads) {
       const int key = i / (Traits::kSize / 8);
@@ -146,14 +143,6 @@ class Mass {
                             key * Traits::kStride + channel);
     }
     device::barrier();
-  }
-
-  // Channels that only exist in the padded size must not hold NaN.
-  ROTEXPORT_DEVICE void clear_padding() const {
-    const int chunks = (Traits::kSize - g_.head_size) / 8;
-    for (int i = thread(); i < 2 * kTile * chunks; i += Traits::kThreads) {
-      rows_.store(i / chunks * Traits::kStride + g_.head_size + i % chunks * 8, Chunk{});
-    }
   }
 
   ROTEXPORT_DEVICE void add_queries(int begin, int end) {
@@ -182,17 +171,13 @@ class Mass {
       const int row = i / (Traits::kSize / 8);
       const int channel = i % (Traits::kSize / 8) * 8;
       const int packed = first + row < end ? first + row : end - 1;
-      const int64_t head = int64_t{head_} * g_.repeat + packed % g_.repeat;
       if (channel < g_.head_size) {
         device::copy_async(rows_, (stage * kTile + row) * Traits::kStride + channel,
-                           views_.query + (head * g_.tokens + packed / g_.repeat) * g_.head_size + channel);
+                           views_.query + query_row(g_, head_, packed) * g_.head_size + channel);
       }
     }
-    if (thread() < kTile) rows_.store(note_at(stage, thread()), facts_of_row(first + thread(), end));
-  }
-
-  static ROTEXPORT_DEVICE unsigned note_at(int stage, int row) {
-    return (stage * kTile + row) * Traits::kStride + Traits::kSize;
+    if (thread() < kTile)
+      rows_.store(note_at<Traits>(stage * kTile + thread()), facts_of_row(first + thread(), end));
   }
 
   ROTEXPORT_DEVICE QueryFacts facts_of_row(int packed, int end) const {
@@ -223,7 +208,7 @@ class Mass {
       ROTEXPORT_UNROLL
       for (int i = 0; i < 4; ++i) {
         const int row = first + i / 2 * 8 + lane() % 4 * 2 + i % 2;
-        const auto query = rows_.template load<QueryFacts>(note_at(0, row));
+        const auto query = rows_.template load<QueryFacts>(note_at<Traits>(row));
         ROTEXPORT_UNROLL
         for (int t = 0; t < 2 * Traits::kKeyTiles; ++t) {
           const int distance = query.position - positions_[t / 2][t % 2];

@@ -1,48 +1,20 @@
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <string>
 
+#include "kernels/attention_planning.h"
 #include "kernels/eviction.h"
 #include "kernels/eviction_sizes.h"
 
 namespace eviction {
 namespace {
 
-// A constant, not the device's width: sums are then taken in the same order on all GPUs.
-constexpr int64_t kWantedBlocks = 1024;
-
-int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
-
 Status fail(Policy policy, const std::string& message) {
-  static thread_local std::string kept;
-  kept = (policy == Policy::kSnap ? "SnapAttention: " : "HeavyHitterAttention: ") + message;
-  return {kept.c_str()};
-}
-
-// What these operators share with sink/window attention is checked and described there.
-Status describe(const Problem& p, Geometry& geometry) {
-  sink_window_attention::Problem common{};
-  common.type = p.type;
-  common.format = sink_window_attention::Format::kFloat;
-  common.batch = p.batch;
-  common.tokens = p.tokens;
-  common.query_heads = p.query_heads;
-  common.kv_heads = p.kv_heads;
-  common.head_size = p.head_size;
-  common.value_size = p.value_size;
-  common.sinks = p.sinks;
-  common.window = p.window;
-  common.scale = p.scale;
-  common.softcap = p.softcap;
-  sink_window_attention::Plan plan;
-  const Status planned = sink_window_attention::make_plan(common, false, plan);
-  if (!planned) return fail(p.policy, std::strchr(planned.message, ' ') + 1);
-  geometry = plan.geometry;
-  return {};
+  return refuse((policy == Policy::kSnap ? "SnapAttention: " : "HeavyHitterAttention: ") + message);
 }
 
 Status check(const Problem& p) {
+  if (const std::string complaint = complaint_about(p); !complaint.empty()) return fail(p.policy, complaint);
   if (p.recent < 0 || p.recent > p.window) {
     return fail(p.policy, "recent is " + std::to_string(p.recent) +
                               ", must lie between 0 and the window of " + std::to_string(p.window));
@@ -64,7 +36,7 @@ class Sections {
  public:
   size_t add(int64_t words) {
     const size_t start = bytes_;
-    bytes_ += static_cast<size_t>(ceil_div(words * 4, 256) * 256);
+    bytes_ += aligned(words * 4);
     return start;
   }
   size_t bytes() const { return bytes_; }
@@ -99,23 +71,20 @@ void lay_out(const Geometry& g, Plan& plan) {
 
 Status make_plan(const Problem& problem, Plan& plan) {
   plan = Plan{};
-  if (const Status described = describe(problem, plan.geometry); !described) return described;
   if (const Status checked = check(problem); !checked) return checked;
   constexpr int64_t kForever = 0x7fffffff;
   Geometry& g = plan.geometry;
+  describe(problem, g);
   plan.problem = problem;
   plan.rules.policy = problem.policy;
   plan.rules.recent = static_cast<int>(problem.recent);
   plan.rules.context = static_cast<int>(std::min(problem.context, kForever));
   plan.rules.observe = static_cast<int>(std::min(problem.observe, kForever));
   plan.rules.log_forget = std::log2(problem.forget);
-  const int sizes[] = {64, 80, 96, 128, 256};
-  plan.size = *std::lower_bound(std::begin(sizes), std::end(sizes), std::max(g.head_size, g.value_size));
+  plan.size = padded_head(std::max(g.head_size, g.value_size));
   g.row_tiles = static_cast<int>(ceil_div(int64_t{g.tokens} * g.repeat, kTile));
-  const int64_t blocks = std::max<int64_t>(1, int64_t{g.batch} * g.kv_heads * g.row_tiles);
   const int64_t tiles = ceil_div(g.sinks, kTile) + ceil_div(g.window, kTile) + ceil_div(g.tokens, kTile);
-  const int64_t useful = std::min<int64_t>(kMostSplits, tiles);
-  g.splits = static_cast<int>(std::clamp<int64_t>(ceil_div(kWantedBlocks, blocks), 1, useful));
+  g.splits = count_splits(int64_t{g.batch} * g.kv_heads * g.row_tiles, tiles);
   plan.few = int64_t{g.tokens} * g.repeat <= kFewRows;
   lay_out(g, plan);
   return {};

@@ -3,8 +3,7 @@
 
 namespace eviction {
 
-constexpr int kTile = 64;  // packed query rows, and keys, that a thread block takes at a time
-constexpr int kMostSplits = 64;
+constexpr int kTile = 64;     // packed query rows, and keys, that a thread block takes at a time
 constexpr int kFewRows = 16;  // packed rows whose logits take less to keep than the keys to read again
 
 constexpr int tiles_of(int count, int size) { return (count + size - 1) / size; }

@@ -1,30 +1,17 @@
 // Which tokens there are besides the sinks, and where: shared by all kernels that evict.
 #pragma once
 
-#include "kernels/attention_keys.h"
+#include "kernels/attention_queries.h"
 #include "kernels/eviction.h"
 #include "kernels/eviction_sizes.h"
 
 namespace eviction {
 
-using sink_window_attention::Curve;
-using sink_window_attention::facts_of;
-using sink_window_attention::kForever;
-using sink_window_attention::kHidden;
-using sink_window_attention::larger;
-using sink_window_attention::largest_of_quad;
-using sink_window_attention::load_row;
-using sink_window_attention::reference_of;
-using sink_window_attention::Row;
-using sink_window_attention::RowFacts;
-using sink_window_attention::sum_of_quad;
-
 constexpr int kNone = -1;  // position of no token
 
 // What one launch leaves for the next.
 struct Scratch {
-  float* sums;
-  float* weights;
+  Parts<float> parts;
   float* stats;
   float* logits;  // nullptr: not kept
   float* mass;
@@ -38,17 +25,9 @@ struct Scratch {
 };
 
 template <class Element>
-struct Views {
-  const Element* query;
-  const Element* query_sink;
-  const Element* key;
-  const Element* value;
-  const int32_t* past_length;
-  const int32_t* new_length;
-  const float* decay;
+struct Views : CallViews<Element> {
   Cache cache;
   Scratch scratch;
-  Element* output;
 };
 
 // The tokens of one key head, which counts through the batch.
@@ -59,7 +38,11 @@ struct Tokens {
 
   template <class Element>
   ROTEXPORT_DEVICE Tokens(const Geometry& g, const Views<Element>& views, int head)
-      : row(load_row(views.past_length, views.new_length, head / g.kv_heads, g.tokens)),
+      : Tokens(g, views, head, load_row(views.past_length, views.new_length, head / g.kv_heads, g.tokens)) {}
+
+  template <class Element>
+  ROTEXPORT_DEVICE Tokens(const Geometry& g, const Views<Element>& views, int head, const Row& known)
+      : row(known),
         sinks(g.sinks),
         slots(device::Global<const int>(static_cast<const int*>(views.cache.window_position))
                   .from(int64_t{head} * g.window)) {}

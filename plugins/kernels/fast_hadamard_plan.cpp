@@ -3,6 +3,7 @@
 #include <string>
 
 #include "kernels/fast_hadamard.h"
+#include "kernels/planning.h"
 
 namespace fast_hadamard {
 namespace {
@@ -13,14 +14,9 @@ constexpr int kUsualWarps = 8;
 constexpr int64_t kLongestRow = int64_t{1} << 28;  // 32-bit offsets in bytes
 
 bool power_of_two(int64_t value) { return value > 0 && (value & (value - 1)) == 0; }
-int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
 int log2_of(int64_t power) { return power > 1 ? 1 + log2_of(power / 2) : 0; }
 
-Status fail(const std::string& message) {
-  static thread_local std::string kept;
-  kept = "FastHadamard: " + message;
-  return {kept.c_str()};
-}
+Status fail(const std::string& message) { return refuse("FastHadamard: " + message); }
 
 Status check(const Problem& problem) {
   const int64_t m = problem.base_order;

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <string>
 
+#include "kernels/planning.h"
 #include "kernels/quantized_linear_shape.h"
 
 namespace quantized_linear {
@@ -12,13 +13,7 @@ constexpr unsigned kWaves = 2;  // of thread blocks to spread a problem over, be
 constexpr int kMostSplits = 16;
 constexpr int kLeastStages = 4;  // of a split
 
-int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
-
-Status fail(const std::string& message) {
-  static thread_local std::string kept;
-  kept = "QuantizedLinear: " + message;
-  return {kept.c_str()};
-}
+Status fail(const std::string& message) { return refuse("QuantizedLinear: " + message); }
 
 int activation_bits(Format format) { return format == Format::kW4A4 ? 4 : 8; }
 int weight_bits(Format format) { return format == Format::kW8A8 ? 8 : 4; }

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 import torch
-from emulated_attention import CACHE, FORMATS, TYPES, Call, EmulatedAttention
+from emulated_attention import TYPES, Call, EmulatedAttention
 from fast_hadamard_cases import sylvester
-from structures import AttentionProblem
+from structures import ATTENTION_CACHE, FORMATS, AttentionProblem
 
 from rotexport.streaming.oracle import pack, quantize, ring_positions, to_fp8, visible
 
@@ -70,14 +70,24 @@ class Case:
     def groups(self, kind: str) -> int:
         return self.sizes[kind] // (self.group or self.sizes[kind])
 
+    @property
+    def format(self) -> str:
+        if self.bits is None:
+            return "float"
+        return "fp8" if self.fp8 else f"int{self.bits}"
+
+    def numbers(self, batch: int, tokens: int) -> tuple[float, ...]:
+        """What all attention operators are told of sizes."""
+        return (
+            *(TYPES[self.type], batch, tokens, self.query_heads, self.kv_heads),
+            *(self.head_size, self.value_size, self.sinks, self.window, self.scale, self.softcap),
+        )
+
     def problem(self, batch: int, tokens: int) -> AttentionProblem:
         return AttentionProblem(
-            TYPES[self.type],
-            FORMATS["fp8" if self.fp8 else self.bits],
-            *(batch, tokens, self.query_heads, self.kv_heads, self.head_size, self.value_size),
-            *(self.sinks, self.window, self.recent, self.groups("key"), self.groups("value")),
+            *self.numbers(batch, tokens),
+            *(FORMATS[self.format], self.recent, self.groups("key"), self.groups("value")),
             *(self.angles, self.rotated),
-            *(self.scale, self.softcap),
         )
 
     def empty_cache(self, batch: int) -> dict[str, np.ndarray]:
@@ -93,7 +103,7 @@ class Case:
             cache[f"window_{kind}_scale"] = np.zeros(scales, self.type)
             if self.recent:
                 cache[f"recent_{kind}"] = np.zeros((*heads, self.recent, size), self.type)
-        return {name: cache[name] for name in CACHE if name in cache}
+        return {name: cache[name] for name in ATTENTION_CACHE if name in cache}
 
 
 class Stream:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from c_calls import call
 from structures import HadamardProblem
 
 TYPES = {np.dtype(np.float16): 0, np.dtype(ml_dtypes.bfloat16): 1, np.dtype(np.float32): 2}
@@ -41,15 +42,12 @@ class EmulatedKernels:
             "int4": np.empty((rows, row // 2), np.int8),
         }[output]
         scale = np.empty((rows, 1), np.float32)
-        message = ctypes.create_string_buffer(1024)
         arrays = [np.ascontiguousarray(x), np.ascontiguousarray(signs), np.ascontiguousarray(base), y, scale]
-        failed = self.library.emulated_fast_hadamard(
+        call(
+            self.library.emulated_fast_hadamard,
             ctypes.byref(problem),
             *(ctypes.c_void_p(array.ctypes.data) for array in arrays),
             ctypes.c_uint64(schedule),
-            message,
-            ctypes.c_size_t(1024),
+            error=EmulatorError,
         )
-        if failed:
-            raise EmulatorError(message.value.decode())
         return y, scale

@@ -8,26 +8,11 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from c_calls import call
 from emulated import EmulatorError
+from structures import ATTENTION_CACHE, AttentionOperands
 
 TYPES = {np.dtype(np.float16): 0, np.dtype(ml_dtypes.bfloat16): 1}
-FORMATS = {None: 0, 8: 1, 4: 2, 2: 3, "fp8": 4}  # by bits of a level
-CACHE = tuple(f"{part}_{kind}" for part in ("sink", "window") for kind in ("key", "value"))
-CACHE += ("window_key_scale", "window_value_scale", "recent_key", "recent_value")
-OTHERS = ("key_mean", "mean_query", "mean_angles", "signs")
-
-
-def _operands_of(cache_tensors: int) -> type[ctypes.Structure]:
-    class Operands(ctypes.Structure):
-        _fields_ = (
-            *((name, ctypes.c_void_p) for name in ("query", "query_sink", "key", "value")),
-            *((name, ctypes.c_void_p) for name in ("past_length", "new_length", "decay")),
-            ("cache", ctypes.c_void_p * cache_tensors),
-            ("output", ctypes.c_void_p),
-            *((name, ctypes.c_void_p) for name in OTHERS),
-        )
-
-    return Operands
 
 
 @dataclass(frozen=True)
@@ -47,34 +32,24 @@ class Call:
 
 class EmulatedAttention:
     function = "emulated_attention"
-    cache = CACHE
+    cache = ATTENTION_CACHE
+    operands: type[ctypes.Structure] = AttentionOperands
 
     def __init__(self, library: Path) -> None:
         self._run = getattr(ctypes.CDLL(str(library)), self.function)
 
     def run(
-        self, problem: ctypes.Structure, call: Call, *, in_place: bool = True, schedule: int = 0
+        self, problem: ctypes.Structure, given: Call, *, in_place: bool = True, schedule: int = 0
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Return the output [B, Hq, S, Dv] and the updated cache."""
         names = Call.__dataclass_fields__.keys() - {"cache", "others"}
-        held = {name: np.array(getattr(call, name)) for name in names} | call.others
-        cache = {name: tensor.copy() for name, tensor in call.cache.items()}
+        held = {name: np.array(getattr(given, name)) for name in names} | given.others
+        cache = {name: tensor.copy() for name, tensor in given.cache.items()}
         shape = (*held["query"].shape[:3], held["value"].shape[3])
         output = np.empty(shape, held["query"].dtype)
-        operands = _operands_of(len(self.cache))(
-            output=output.ctypes.data, **{n: t.ctypes.data for n, t in held.items()}
-        )
+        operands = self.operands(output=output.ctypes.data, **{n: t.ctypes.data for n, t in held.items()})
         for i, name in enumerate(self.cache):
             operands.cache[i] = cache[name].ctypes.data if name in cache else None
-        message = ctypes.create_string_buffer(1024)
-        failed = self._run(
-            ctypes.byref(problem),
-            ctypes.byref(operands),
-            ctypes.c_int(in_place),
-            ctypes.c_uint64(schedule),
-            message,
-            ctypes.c_size_t(1024),
-        )
-        if failed:
-            raise EmulatorError(message.value.decode())
+        options = (ctypes.c_int(in_place), ctypes.c_uint64(schedule))
+        call(self._run, ctypes.byref(problem), ctypes.byref(operands), *options, error=EmulatorError)
         return output, cache

@@ -36,9 +36,7 @@ int emulated_fast_hadamard(const fast_hadamard::Problem* problem, const void* x,
     operands.y = buffers.allocate(results, "y");
     operands.scale = static_cast<float*>(buffers.allocate(problem->rows * sizeof(float), "scale"));
     operands.workspace = buffers.allocate(plan.workspace_bytes, "workspace");
-    machine.set_schedule(schedule);
-    const Status done = run(plan, operands, nullptr);
-    machine.set_schedule(0);
+    const Status done = run_scheduled(plan, operands, schedule);
     if (!done) return report(done.message, message, capacity);
     machine.download(y, operands.y, results);
     if (problem->output != Output::kSame)

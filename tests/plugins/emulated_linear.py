@@ -6,13 +6,13 @@ import ctypes
 from pathlib import Path
 
 import numpy as np
+from c_calls import call
 from emulated import TYPES, EmulatorError
 from structures import LinearProblem
 from support.quantized_linear import Case, Operands
 
 FORMATS = {"W8A8": 0, "W4A8": 1, "W4A4": 2}
 ENDINGS = {"": 0, "Residual": 1, "Gated": 2}
-MESSAGE = 1024
 
 
 def problem_of(case: Case) -> LinearProblem:
@@ -80,16 +80,14 @@ class EmulatedLinear:
     def plan(self, problem: LinearProblem, multiprocessors: int = 1) -> tuple[LinearPlan, int]:
         """Return the plan, and the most workspace that as many rows or fewer need."""
         plan, largest = LinearPlan(), ctypes.c_size_t()
-        message = ctypes.create_string_buffer(MESSAGE)
-        if self.library.emulated_quantized_linear_plan(
+        call(
+            self.library.emulated_quantized_linear_plan,
             ctypes.byref(problem),
             multiprocessors,
             ctypes.byref(plan),
             ctypes.byref(largest),
-            message,
-            ctypes.c_size_t(MESSAGE),
-        ):
-            raise EmulatorError(message.value.decode())
+            error=EmulatorError,
+        )
         return plan, largest.value
 
     def run(self, operands: Operands, multiprocessors: int = 1, schedule: int = 0) -> np.ndarray:
@@ -100,15 +98,13 @@ class EmulatedLinear:
             arrays["other"] = arrays.pop("residual" if case.ending == "Residual" else "gate")
         y = np.empty((case.rows, case.outputs), case.out)
         packed = LinearOperands(**{name: array.ctypes.data for name, array in arrays.items()})
-        message = ctypes.create_string_buffer(MESSAGE)
-        if self.library.emulated_quantized_linear(
+        call(
+            self.library.emulated_quantized_linear,
             ctypes.byref(problem_of(case)),
             multiprocessors,
             ctypes.byref(packed),
             ctypes.c_void_p(y.ctypes.data),
             ctypes.c_uint64(schedule),
-            message,
-            ctypes.c_size_t(MESSAGE),
-        ):
-            raise EmulatorError(message.value.decode())
+            error=EmulatorError,
+        )
         return y

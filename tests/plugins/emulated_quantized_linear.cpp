@@ -54,9 +54,7 @@ int emulated_quantized_linear(const Problem* problem, unsigned multiprocessors, 
       operands.other = buffers.upload(host->other, bytes_of(results, y_bits), "other");
     operands.y = buffers.allocate(bytes_of(results, y_bits), "y");
     operands.workspace = buffers.allocate(plan.workspace_bytes, "workspace");
-    machine.set_schedule(schedule);
-    const Status done = run(plan, operands, nullptr);
-    machine.set_schedule(0);
+    const Status done = run_scheduled(plan, operands, schedule);
     if (!done) return report(done.message, message, capacity);
     machine.download(y, operands.y, bytes_of(results, y_bits));
   } catch (const emulator::Fault& fault) {

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from attention_cases import TYPES, Case, Session, Stream
+from attention_cases import Case, Session, Stream
 from emulated_attention import Call
-from emulated_eviction import POLICIES, EmulatedEviction, Problem
+from emulated_eviction import EmulatedEviction
+from structures import POLICIES, EvictionProblem
 from support import evictions
 from support.streams import Shape
 
@@ -26,12 +27,11 @@ class EvictingCase(Case):
 
     policy: Eviction = field(default_factory=lambda: Eviction("heavy-hitter", recent=4, context=1000))
 
-    def problem(self, batch: int, tokens: int) -> Problem:
+    def problem(self, batch: int, tokens: int) -> EvictionProblem:
         p = self.policy
-        return Problem(
-            *(TYPES[self.type], POLICIES[p.policy], batch, tokens, self.query_heads, self.kv_heads),
-            *(self.head_size, self.value_size, self.sinks, self.window, p.recent, p.context, p.observe),
-            *(p.forget, self.scale, self.softcap),
+        return EvictionProblem(
+            *self.numbers(batch, tokens),
+            *(POLICIES[p.policy], p.recent, p.context, p.observe, p.forget),
         )
 
     def empty_cache(self, batch: int) -> dict[str, np.ndarray]:

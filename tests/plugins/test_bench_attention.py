@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from emulated_attention import EmulatedAttention
-from gpu_attention import NEW, Attention, Call, Launch
-from structures import AttentionProblem
+from gpu_attention import Attention, Call
+from gpu_calls import Launch
+from structures import NEW
 
 from rotexport.streaming.oracle import visible
 
@@ -36,31 +37,16 @@ class OnEmulator:
         self.spoil = spoil
 
     def prepare(self, call: Call) -> Launch:
-        a = call.attention
-        batch, _, tokens, _ = call.new["query"].shape
-        problem = AttentionProblem(
-            *(
-                emulated_attention.TYPES[to_numpy(call.new["query"]).dtype],
-                emulated_attention.FORMATS["fp8" if a.fp8 else a.bits],
-            ),
-            *(
-                batch,
-                tokens,
-                a.query_heads,
-                a.kv_heads,
-                a.head_size,
-                a.value_size,
-                a.sinks,
-                a.window,
-                a.recent,
-            ),
-            *(a.groups(a.head_size), a.groups(a.value_size), a.angles, a.rotated, a.scale, a.softcap),
-        )
         arrays = {name: to_numpy(tensor) for name, tensor in (call.new | call.others).items()}
-        lengths = (to_numpy(call.past_length), to_numpy(call.new_length), to_numpy(a.slopes(CPU)))
+        lengths = (
+            to_numpy(call.past_length),
+            to_numpy(call.new_length),
+            to_numpy(call.attention.slopes(CPU)),
+        )
         cache = {name: to_numpy(tensor) for name, tensor in call.cache.items()}
         output, updated = self.kernels.run(
-            problem, emulated_attention.Call(*(arrays.pop(name) for name in NEW), *lengths, cache, arrays)
+            call.problem,
+            emulated_attention.Call(*(arrays.pop(name) for name in NEW), *lengths, cache, arrays),
         )
         for name, content in updated.items():
             call.cache[name] = torch.from_numpy(content.astype(np.float32)).to(call.cache[name].dtype)

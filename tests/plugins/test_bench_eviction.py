@@ -6,14 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import emulated_attention
-import emulated_eviction
 import eviction as bench
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from emulated_eviction import EmulatedEviction
-from gpu_eviction import Call, Evicting, Launch
+from gpu_calls import Launch
+from gpu_eviction import Call, Evicting
 
 CPU = torch.device("cpu")
 SMALL = Evicting(
@@ -35,19 +35,11 @@ class OnEmulator:
         self.spoil = spoil
 
     def prepare(self, call: Call) -> Launch:
-        e = call.evicting
-        batch, _, tokens, _ = call.new["query"].shape
-        problem = emulated_eviction.Problem(
-            emulated_attention.TYPES[to_numpy(call.new["query"]).dtype],
-            emulated_eviction.POLICIES[e.policy],
-            *(batch, tokens, e.query_heads, e.kv_heads, e.head_size, e.value_size, e.sinks, e.window),
-            *(e.recent, e.context, e.observe, e.forget, e.scale, e.softcap),
-        )
         arrays = {name: to_numpy(tensor) for name, tensor in call.new.items()}
-        lengths = (to_numpy(call.past_length), to_numpy(call.new_length), to_numpy(e.slopes(CPU)))
+        lengths = (to_numpy(call.past_length), to_numpy(call.new_length), to_numpy(call.evicting.slopes(CPU)))
         cache = {name: to_numpy(tensor) for name, tensor in call.cache.items()}
         output, updated = self.kernels.run(
-            problem, emulated_attention.Call(*arrays.values(), *lengths, cache)
+            call.problem, emulated_attention.Call(*arrays.values(), *lengths, cache)
         )
         if self.spoil == "output":
             output[0, -1, 0, 0] += np.asarray(0.05, output.dtype)
