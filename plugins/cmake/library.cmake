@@ -3,6 +3,7 @@ set(ROTEXPORT_LIBRARY_NAME rotexport_plugins_trt${ROTEXPORT_TENSORRT_MAJOR})
 add_library(rotexport_plugins SHARED tensorrt/library.cpp tensorrt/fast_hadamard_plugin.cpp
                                      tensorrt/quantized_linear_plugin.cpp tensorrt/quantized_linear_signature.cpp
                                      tensorrt/attention_plugin.cpp tensorrt/attention_signature.cpp
+                                     tensorrt/call_signature.cpp
                                      tensorrt/eviction_plugin.cpp tensorrt/eviction_signature.cpp
                                      tensorrt/fields.cpp tensorrt/judge.cpp tensorrt/report.cpp)
 set_target_properties(rotexport_plugins PROPERTIES OUTPUT_NAME ${ROTEXPORT_LIBRARY_NAME}

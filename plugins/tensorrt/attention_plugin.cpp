@@ -3,21 +3,11 @@
 namespace rotexport {
 namespace {
 
-using nvinfer1::DataType;
-using nvinfer1::DynamicPluginTensorDesc;
-using Input = AttentionInput;
-
 constexpr const char* kNumberNames[] = {"sinks",    "window",    "recent",    "query_heads",
                                         "kv_heads", "head_size", "value_size"};
 constexpr const char* kFactorNames[] = {"scale", "softcap"};
 constexpr int kRecentNumber = 2;
 constexpr int kValueSizeNumber = 6;
-
-sink_window_attention::Type type_of(DataType type) {
-  if (type == DataType::kHALF) return sink_window_attention::Type::kHalf;
-  if (type == DataType::kBF16) return sink_window_attention::Type::kBFloat16;
-  throw PluginError{"input 'query' must be float16 or bfloat16"};
-}
 
 // Calls use(number of the field, name).
 template <class Use>
@@ -66,59 +56,14 @@ AttentionPlugin<kForm>::AttentionPlugin(const FieldReader& fields) {
 }
 
 template <int kForm>
-int32_t AttentionPlugin<kForm>::getAliasedInput(int32_t output) noexcept {
-  return output > 0 && output < getNbOutputs() ? signature_.first_cached() + output - 1 : -1;
-}
-
-template <int kForm>
-int32_t AttentionPlugin<kForm>::getOutputDataTypes(DataType* outputs, int32_t output_count,
-                                                   const DataType* inputs,
-                                                   int32_t input_count) const noexcept {
-  return this->guarded(nvinfer1::ErrorCode::kINVALID_ARGUMENT, [&] {
-    this->require_counts(input_count, output_count);
-    outputs[0] = inputs[signature_.index(Input::kQuery)];
-    type_of(outputs[0]);
-    for (int32_t i = 1; i < output_count; ++i) {
-      outputs[i] = signature_.type(signature_.first_cached() + i - 1, outputs[0]);
-    }
-  });
-}
-
-template <int kForm>
-int32_t AttentionPlugin<kForm>::getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t input_count,
-                                                const nvinfer1::DimsExprs*, int32_t,
-                                                nvinfer1::DimsExprs* outputs, int32_t output_count,
-                                                nvinfer1::IExprBuilder& builder) noexcept {
-  return this->guarded(nvinfer1::ErrorCode::kINVALID_ARGUMENT, [&] {
-    this->require_counts(input_count, output_count);
-    for (int32_t i = 0; i < input_count; ++i) signature_.require_rank(i, inputs[i].nbDims);
-    outputs[0] = inputs[signature_.index(Input::kQuery)];
-    outputs[0].d[3] = builder.constant(numbers_[kValueSizeNumber]);
-    for (int32_t i = 1; i < output_count; ++i) outputs[i] = inputs[signature_.first_cached() + i - 1];
-  });
-}
-
-template <int kForm>
-bool AttentionPlugin<kForm>::supportsFormatCombination(int32_t position,
-                                                       const DynamicPluginTensorDesc* descriptions,
-                                                       int32_t input_count, int32_t output_count) noexcept {
-  if (input_count != signature_.count() || output_count != getNbOutputs()) return false;
-  if (position < 0 || position >= input_count + output_count) return false;
-  const nvinfer1::PluginTensorDesc& asked = descriptions[position].desc;
-  if (asked.format != nvinfer1::TensorFormat::kLINEAR) return false;
-  const int32_t query = signature_.index(Input::kQuery);
-  if (position == query) return asked.type == DataType::kHALF || asked.type == DataType::kBF16;
-  const DataType activation = position < query ? DataType::kHALF : descriptions[query].desc.type;
-  if (position == input_count) return asked.type == activation;
-  const int32_t input =
-      position < input_count ? position : signature_.first_cached() + position - input_count - 1;
-  return asked.type == signature_.type(input, activation);
+int64_t AttentionPlugin<kForm>::value_size() const {
+  return numbers_[kValueSizeNumber];
 }
 
 template <int kForm>
 sink_window_attention::Plan AttentionPlugin<kForm>::plan_for(const PluginInputs& inputs) const {
   sink_window_attention::Problem problem{};
-  problem.type = type_of(inputs.types[signature_.index(Input::kQuery)]);
+  problem.type = kernel_type(inputs.types[kQueryInput]);
   problem.format = signature_.form().format;
   problem.rotated = signature_.form().rotated;
   problem.sinks = numbers_[0];

@@ -45,24 +45,8 @@ constexpr AttentionForm kForms[kAttentionForms] = {
     {"SinkWindowAttentionFp8", Format::kFp8, false, false, false},
 };
 
-// What a tensor's elements are.
-enum class Elements { kActivation, kWindow, kInt8, kInt64, kInt32, kFloat };
-
-struct Facts {
-  const char* name;
-  Elements elements;
-  int32_t rank;
-};
-
-constexpr Facts kFacts[] = {
-    {"positions", Elements::kInt64, 2},
-    {"query", Elements::kActivation, 4},
-    {"query_sink", Elements::kActivation, 4},
-    {"key", Elements::kActivation, 4},
-    {"value", Elements::kActivation, 4},
-    {"past_length", Elements::kInt32, 1},
-    {"new_length", Elements::kInt32, 1},
-    {"decay", Elements::kFloat, 1},
+// Of the inputs behind those of all operators.
+constexpr InputFacts kOwnFacts[] = {
     {"key_mean", Elements::kActivation, 4},
     {"mean_query", Elements::kActivation, 4},
     {"mean_angles", Elements::kActivation, 3},
@@ -80,7 +64,10 @@ constexpr Facts kFacts[] = {
     {"lo", Elements::kInt8, 2},
 };
 
-const Facts& facts_of(Input input) { return kFacts[static_cast<int>(input)]; }
+const InputFacts& facts_of(Input input) {
+  const int i = static_cast<int>(input);
+  return i < kCallInputs ? kCallFacts[i] : kOwnFacts[i - kCallInputs];
+}
 
 bool has(const AttentionForm& form, Input input) {
   if (input >= Input::kSigns) return form.rotated;
@@ -88,12 +75,6 @@ bool has(const AttentionForm& form, Input input) {
   if (input >= Input::kWindowKeyScale) return form.format != Format::kFloat;
   if (input >= Input::kSinkKey) return true;
   return input < Input::kKeyMean || form.centered;
-}
-
-std::string text(const std::vector<int64_t>& shape) {
-  nvinfer1::Dims dims{static_cast<int32_t>(shape.size()), {}};
-  std::copy(shape.begin(), shape.end(), dims.d);
-  return rotexport::text(dims);
 }
 
 // The members of a cache, in the order of the inputs.
@@ -107,7 +88,7 @@ std::vector<void**> members(Cache& cache) {
 const AttentionForm& attention_form(int index) { return kForms[index]; }
 
 AttentionSignature::AttentionSignature(int form) : form_(kForms[form]) {
-  for (size_t i = 0; i < std::size(kFacts); ++i) {
+  for (size_t i = 0; i < kCallInputs + std::size(kOwnFacts); ++i) {
     if (has(form_, static_cast<Input>(i))) inputs_.push_back(static_cast<Input>(i));
   }
 }
@@ -124,47 +105,22 @@ int32_t AttentionSignature::cached() const {
 }
 
 DataType AttentionSignature::type(int32_t i, DataType activation) const {
-  switch (facts_of(inputs_[i]).elements) {
-    case Elements::kWindow:
-      return form_.format == Format::kFloat ? activation : DataType::kINT8;
-    case Elements::kInt8:
-      return DataType::kINT8;
-    case Elements::kInt64:
-      return DataType::kINT64;
-    case Elements::kInt32:
-      return DataType::kINT32;
-    case Elements::kFloat:
-      return DataType::kFLOAT;
-    default:
-      return activation;
-  }
+  const DataType window = form_.format == Format::kFloat ? activation : DataType::kINT8;
+  return type_of(facts_of(inputs_[i]).elements, activation, window);
 }
 
 void AttentionSignature::require_rank(int32_t i, int32_t rank) const {
-  if (rank == facts_of(inputs_[i]).rank) return;
-  throw PluginError{std::string("input '") + name(i) + "' has " + std::to_string(rank) + " axes, must have " +
-                    std::to_string(facts_of(inputs_[i]).rank)};
+  rotexport::require_rank(facts_of(inputs_[i]), rank);
 }
 
 std::vector<int64_t> AttentionSignature::expected_shape(int32_t i, const Problem& p) const {
+  if (i < kCallInputs) return shape_of(static_cast<CallInput>(i), p);
   const bool value = i % 2 != first_cached() % 2;  // of the cache's pairs
   const int64_t size = value ? p.value_size : p.head_size;
   switch (inputs_[i]) {
-    case Input::kPositions:
-      return {p.batch, p.tokens};
-    case Input::kQuery:
-    case Input::kQuerySink:
-      return {p.batch, p.query_heads, p.tokens, p.head_size};
-    case Input::kKey:
     case Input::kKeyMean:
+      return shape_of(kKeyInput, p);
       return {p.batch, p.kv_heads, p.tokens, p.head_size};
-    case Input::kValue:
-      return {p.batch, p.kv_heads, p.tokens, p.value_size};
-    case Input::kPastLength:
-    case Input::kNewLength:
-      return {p.batch};
-    case Input::kDecay:
-      return {p.query_heads};
     case Input::kMeanQuery:
       return {p.batch, p.query_heads, p.tokens, p.angles};
     case Input::kMeanAngles:
@@ -204,11 +160,7 @@ void AttentionSignature::read_shapes(const std::vector<nvinfer1::Dims>& shapes, 
   if (form_.centered && problem.angles < 1) throw PluginError{"input 'mean_angles' has no angles"};
   for (int32_t i = 0; i < count(); ++i) {
     if (inputs_[i] == Input::kHigh || inputs_[i] == Input::kLow) continue;
-    const std::vector<int64_t> expected = expected_shape(i, problem);
-    const std::vector<int64_t> found(shapes[i].d, shapes[i].d + shapes[i].nbDims);
-    if (found == expected) continue;
-    throw PluginError{std::string("input '") + name(i) + "' has shape " + text(found) + ", must be " +
-                      text(expected)};
+    require_shape(facts_of(inputs_[i]), shapes[i], expected_shape(i, problem));
   }
   if (form_.rotated && dim(Input::kHigh, 0) * dim(Input::kLow, 0) != problem.head_size) {
     throw PluginError{"inputs 'hi' and 'lo' are for blocks of " +
@@ -218,26 +170,18 @@ void AttentionSignature::read_shapes(const std::vector<nvinfer1::Dims>& shapes, 
 }
 
 Operands AttentionSignature::operands(const void* const* inputs, void* const* outputs) const {
-  for (int32_t i = 0; i < count(); ++i) {
+  for (int32_t i = kCallInputs; i < count(); ++i) {
     if (inputs_[i] != Input::kBase && inputs_[i] != Input::kHigh && inputs_[i] != Input::kLow) {
       require_aligned(inputs[i], name(i));
     }
   }
-  require_aligned(outputs[0], "output");
   const auto at = [&](Input input) { return index(input) < 0 ? nullptr : inputs[index(input)]; };
   Operands operands{};
-  operands.query = at(Input::kQuery);
-  operands.query_sink = at(Input::kQuerySink);
-  operands.key = at(Input::kKey);
-  operands.value = at(Input::kValue);
-  operands.past_length = static_cast<const int32_t*>(at(Input::kPastLength));
-  operands.new_length = static_cast<const int32_t*>(at(Input::kNewLength));
-  operands.decay = static_cast<const float*>(at(Input::kDecay));
+  set_call(operands, inputs, outputs[0]);
   operands.key_mean = at(Input::kKeyMean);
   operands.mean_query = at(Input::kMeanQuery);
   operands.mean_angles = at(Input::kMeanAngles);
   operands.signs = at(Input::kSigns);
-  operands.output = outputs[0];
   const std::vector<void**> cache = members(operands.cache);
   const std::vector<void**> present = members(operands.present);
   for (size_t i = 0; i < cache.size(); ++i) {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels/attention.h"
+#include "tensorrt/call_signature.h"
 
 namespace rotexport {
 
@@ -22,7 +23,8 @@ struct AttentionForm {
 constexpr int kAttentionForms = 26;
 const AttentionForm& attention_form(int index);
 
-// Inputs of all operators, in their order. A form has some of them; those of the cache come in pairs.
+// Inputs of all operators, in their order: first those of CallInput. A form has some of the others; those of
+// the cache come in pairs.
 enum class AttentionInput {
   kPositions,
   kQuery,

@@ -1,14 +1,13 @@
-// HeavyHitterAttention and SnapAttention as TensorRT plugins; graphs/ defines them. Cache outputs are bound
-// to the buffers of the cache inputs where TensorRT aliases them.
+// HeavyHitterAttention and SnapAttention as TensorRT plugins; graphs/ defines them.
 #pragma once
 
-#include "kernels/eviction.h"
-#include "tensorrt/planned_plugin.h"
+#include "tensorrt/cached_plugin.h"
+#include "tensorrt/eviction_signature.h"
 
 namespace rotexport {
 
 template <int kPolicy>
-class EvictionPlugin : public PlannedPlugin<EvictionPlugin<kPolicy>> {
+class EvictionPlugin : public CachedPlugin<EvictionPlugin<kPolicy>> {
  public:
   static const char* operator_name();
   static std::vector<nvinfer1::PluginField> fields();
@@ -16,18 +15,9 @@ class EvictionPlugin : public PlannedPlugin<EvictionPlugin<kPolicy>> {
   explicit EvictionPlugin(const FieldReader& fields);
   const char* name() const { return operator_name(); }
 
-  int32_t getNbOutputs() const noexcept override { return 1 + eviction::kCacheTensors; }
-  int32_t getAliasedInput(int32_t output) noexcept override;
-  int32_t getOutputDataTypes(nvinfer1::DataType* outputs, int32_t output_count,
-                             const nvinfer1::DataType* inputs, int32_t input_count) const noexcept override;
-  int32_t getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t input_count, const nvinfer1::DimsExprs*,
-                          int32_t, nvinfer1::DimsExprs* outputs, int32_t output_count,
-                          nvinfer1::IExprBuilder& builder) noexcept override;
-  bool supportsFormatCombination(int32_t position, const nvinfer1::DynamicPluginTensorDesc* descriptions,
-                                 int32_t input_count, int32_t output_count) noexcept override;
-
+  const EvictionSignature& signature() const { return signature_; }
+  int64_t value_size() const { return problem().value_size; }
   std::vector<nvinfer1::PluginField> own_fields() const;
-  int32_t input_count() const;
   eviction::Plan plan_for(const PluginInputs& inputs) const;
   size_t workspace_for(const eviction::Plan& plan) const;
   void run(const eviction::Plan& plan, const void* const* inputs, void* const* outputs, void* workspace,
@@ -37,6 +27,7 @@ class EvictionPlugin : public PlannedPlugin<EvictionPlugin<kPolicy>> {
   // The problem of the attributes, without the sizes that shapes say.
   eviction::Problem problem() const;
 
+  EvictionSignature signature_{eviction::Policy{kPolicy}};
   std::vector<int32_t> numbers_;  // in the order of the fields
   std::vector<float> factors_;
 };

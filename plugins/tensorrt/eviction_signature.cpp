@@ -1,70 +1,62 @@
 #include "tensorrt/eviction_signature.h"
 
 #include <algorithm>
-#include <string>
 
-#include "tensorrt/plugin.h"
+#include "tensorrt/shapes.h"
 
 namespace rotexport {
 namespace {
 
-std::string text(const std::vector<int64_t>& shape) {
-  std::string result = "[";
-  for (size_t i = 0; i < shape.size(); ++i) result += (i ? ", " : "") + std::to_string(shape[i]);
-  return result + "]";
+// In the order of eviction::Cache.
+constexpr InputFacts kCacheFacts[eviction::kCacheTensors] = {
+    {"sink_key", Elements::kActivation, 4},   {"sink_value", Elements::kActivation, 4},
+    {"window_key", Elements::kActivation, 4}, {"window_value", Elements::kActivation, 4},
+    {"window_position", Elements::kInt32, 3}, {"window_score", Elements::kFloat, 3},
+};
+
+std::vector<int64_t> shape_of_cached(int32_t i, const eviction::Problem& p) {
+  std::vector<int64_t> shape = {p.batch, p.kv_heads, i < 2 ? std::max<int64_t>(p.sinks, 1) : p.window};
+  if (kCacheFacts[i].rank == 4) shape.push_back(i % 2 ? p.value_size : p.head_size);
+  return shape;
 }
 
 }  // namespace
 
-std::vector<EvictionTensor> eviction_inputs(const eviction::Problem& p) {
-  using nvinfer1::DataType;
-  const std::vector<int64_t> query = {p.batch, p.query_heads, p.tokens, p.head_size};
-  const std::vector<int64_t> slots = {p.batch, p.kv_heads, p.window};
-  const auto activation = [](const char* name, const std::vector<int64_t>& shape) {
-    return EvictionTensor{name, true, DataType::kHALF, shape};
-  };
-  const auto tokens = [&](const char* name, int64_t count, int64_t size) {
-    return activation(name, {p.batch, p.kv_heads, count, size});
-  };
-  const int64_t sinks = std::max<int64_t>(p.sinks, 1);
-  return {
-      {"positions", false, DataType::kINT64, {p.batch, p.tokens}},
-      activation("query", query),
-      activation("query_sink", query),
-      tokens("key", p.tokens, p.head_size),
-      tokens("value", p.tokens, p.value_size),
-      {"past_length", false, DataType::kINT32, {p.batch}},
-      {"new_length", false, DataType::kINT32, {p.batch}},
-      {"decay", false, DataType::kFLOAT, {p.query_heads}},
-      tokens("sink_key", sinks, p.head_size),
-      tokens("sink_value", sinks, p.value_size),
-      tokens("window_key", p.window, p.head_size),
-      tokens("window_value", p.window, p.value_size),
-      {"window_position", false, DataType::kINT32, slots},
-      {p.policy == eviction::Policy::kSnap ? "window_observed" : "window_score", false, DataType::kFLOAT,
-       slots},
-  };
+InputFacts EvictionSignature::facts(int32_t i) const {
+  if (i < kCallInputs) return kCallFacts[i];
+  InputFacts found = kCacheFacts[i - kCallInputs];
+  if (i + 1 == count() && policy_ == eviction::Policy::kSnap) found.name = "window_observed";
+  return found;
 }
 
-void read_shapes(const std::vector<nvinfer1::Dims>& shapes, eviction::Problem& problem) {
-  const std::vector<EvictionTensor> ranks = eviction_inputs(problem);
-  if (shapes.size() != ranks.size()) {
-    throw PluginError{std::to_string(shapes.size()) + " inputs, must be " + std::to_string(ranks.size())};
+nvinfer1::DataType EvictionSignature::type(int32_t i, nvinfer1::DataType activation) const {
+  return type_of(facts(i).elements, activation, activation);
+}
+
+void EvictionSignature::read_shapes(const std::vector<nvinfer1::Dims>& shapes,
+                                    eviction::Problem& problem) const {
+  for (int32_t i = 0; i < count(); ++i) require_rank(i, shapes[i].nbDims);
+  problem.batch = shapes[kQueryInput].d[0];
+  problem.tokens = shapes[kQueryInput].d[2];
+  for (int32_t i = 0; i < count(); ++i) {
+    require_shape(facts(i), shapes[i],
+                  i < kCallInputs ? shape_of(static_cast<CallInput>(i), problem)
+                                  : shape_of_cached(i - kCallInputs, problem));
   }
-  for (size_t i = 0; i < shapes.size(); ++i) {
-    if (static_cast<size_t>(shapes[i].nbDims) == ranks[i].shape.size()) continue;
-    throw PluginError{std::string("input '") + ranks[i].name + "' has " + std::to_string(shapes[i].nbDims) +
-                      " axes, must have " + std::to_string(ranks[i].shape.size())};
+}
+
+eviction::Operands EvictionSignature::operands(const void* const* inputs, void* const* outputs) const {
+  eviction::Operands operands{};
+  set_call(operands, inputs, outputs[0]);
+  auto** cache = reinterpret_cast<void**>(&operands.cache);
+  auto** present = reinterpret_cast<void**>(&operands.present);
+  for (int32_t i = 0; i < cached(); ++i) {
+    cache[i] = const_cast<void*>(inputs[kCallInputs + i]);  // written only where it is the output, too
+    present[i] = outputs[1 + i];
+    require_aligned(cache[i], kCacheFacts[i].name);
+    require_aligned(present[i], kCacheFacts[i].name);
   }
-  problem.batch = shapes[kEvictedQuery].d[0];
-  problem.tokens = shapes[kEvictedQuery].d[2];
-  const std::vector<EvictionTensor> expected = eviction_inputs(problem);
-  for (size_t i = 0; i < shapes.size(); ++i) {
-    const std::vector<int64_t> found(shapes[i].d, shapes[i].d + shapes[i].nbDims);
-    if (found == expected[i].shape) continue;
-    throw PluginError{std::string("input '") + expected[i].name + "' has shape " + text(found) +
-                      ", must be " + text(expected[i].shape)};
-  }
+  return operands;
 }
 
 }  // namespace rotexport

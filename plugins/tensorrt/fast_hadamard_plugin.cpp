@@ -31,10 +31,6 @@ fast_hadamard::Type type_of(DataType type) {
   }
 }
 
-bool is_linear(const nvinfer1::DynamicPluginTensorDesc& description) {
-  return description.desc.format == nvinfer1::TensorFormat::kLINEAR;
-}
-
 }  // namespace
 
 template <Output kOutput>
@@ -84,71 +80,57 @@ int32_t FastHadamardPlugin<kOutput>::getNbOutputs() const noexcept {
 }
 
 template <Output kOutput>
-int32_t FastHadamardPlugin<kOutput>::getOutputDataTypes(DataType* outputs, int32_t output_count,
-                                                        const DataType* inputs,
-                                                        int32_t input_count) const noexcept {
-  return this->guarded(nvinfer1::ErrorCode::kINVALID_ARGUMENT, [&] {
-    this->require_counts(input_count, output_count);
-    type_of(inputs[kX]);
-    outputs[0] = kQuantizes ? DataType::kINT8 : inputs[kX];
-    if (kQuantizes) outputs[1] = DataType::kFLOAT;
-  });
+void FastHadamardPlugin<kOutput>::output_types(const DataType* inputs, DataType* outputs) const {
+  type_of(inputs[kX]);
+  outputs[0] = kQuantizes ? DataType::kINT8 : inputs[kX];
+  if (kQuantizes) outputs[1] = DataType::kFLOAT;
 }
 
 template <Output kOutput>
-int32_t FastHadamardPlugin<kOutput>::getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t input_count,
-                                                     const nvinfer1::DimsExprs*, int32_t,
-                                                     nvinfer1::DimsExprs* outputs, int32_t output_count,
-                                                     nvinfer1::IExprBuilder& builder) noexcept {
-  return this->guarded(nvinfer1::ErrorCode::kINVALID_ARGUMENT, [&] {
-    this->require_counts(input_count, output_count);
-    const nvinfer1::DimsExprs& x = inputs[kX];
-    if (x.nbDims < 1) throw PluginError{"input 'x' is a scalar, must have an axis to transform"};
-    const int32_t last = x.nbDims - 1;
-    if (x.d[last]->isConstant()) {  // what can be checked before any profile is known
-      PluginInputs known{std::vector<nvinfer1::Dims>(kInputs),
-                         std::vector<DataType>(kInputs, DataType::kHALF)};
-      known.shapes[kX] = {1, {x.d[last]->getConstantValue()}};
-      for (int32_t i = kSigns; i < kInputs; ++i) {
-        known.shapes[i].nbDims = inputs[i].nbDims;
-        for (int32_t j = 0; j < inputs[i].nbDims; ++j) {
-          if (!inputs[i].d[j]->isConstant()) throw PluginError{"only x may have dynamic dimensions"};
-          known.shapes[i].d[j] = inputs[i].d[j]->getConstantValue();
-        }
+void FastHadamardPlugin<kOutput>::output_shapes(const nvinfer1::DimsExprs* inputs,
+                                                nvinfer1::DimsExprs* outputs,
+                                                nvinfer1::IExprBuilder& builder) const {
+  const nvinfer1::DimsExprs& x = inputs[kX];
+  if (x.nbDims < 1) throw PluginError{"input 'x' is a scalar, must have an axis to transform"};
+  const int32_t last = x.nbDims - 1;
+  if (x.d[last]->isConstant()) {  // what can be checked before any profile is known
+    PluginInputs known{std::vector<nvinfer1::Dims>(kInputs), std::vector<DataType>(kInputs, DataType::kHALF)};
+    known.shapes[kX] = {1, {x.d[last]->getConstantValue()}};
+    for (int32_t i = kSigns; i < kInputs; ++i) {
+      known.shapes[i].nbDims = inputs[i].nbDims;
+      for (int32_t j = 0; j < inputs[i].nbDims; ++j) {
+        if (!inputs[i].d[j]->isConstant()) throw PluginError{"only x may have dynamic dimensions"};
+        known.shapes[i].d[j] = inputs[i].d[j]->getConstantValue();
       }
-      plan_for(known);
     }
-    outputs[0] = x;
-    if (kOutput == Output::kInt4) {
-      outputs[0].d[last] =
-          builder.operation(nvinfer1::DimensionOperation::kFLOOR_DIV, *x.d[last], *builder.constant(2));
-    }
-    if (kQuantizes) {
-      outputs[1] = x;
-      outputs[1].d[last] = builder.constant(1);
-    }
-  });
+    plan_for(known);
+  }
+  outputs[0] = x;
+  if (kOutput == Output::kInt4) {
+    outputs[0].d[last] =
+        builder.operation(nvinfer1::DimensionOperation::kFLOOR_DIV, *x.d[last], *builder.constant(2));
+  }
+  if (kQuantizes) {
+    outputs[1] = x;
+    outputs[1].d[last] = builder.constant(1);
+  }
 }
 
 template <Output kOutput>
-bool FastHadamardPlugin<kOutput>::supportsFormatCombination(
-    int32_t position, const nvinfer1::DynamicPluginTensorDesc* descriptions, int32_t input_count,
-    int32_t output_count) noexcept {
-  if (input_count != kInputs || output_count != getNbOutputs() || position >= input_count + output_count)
-    return false;
-  if (position < 0 || !is_linear(descriptions[position])) return false;
-  const DataType type = descriptions[position].desc.type;
+bool FastHadamardPlugin<kOutput>::takes(int32_t position,
+                                        const nvinfer1::DynamicPluginTensorDesc* tensors) const {
+  const DataType type = tensors[position].desc.type;
   switch (position) {
     case kX:
       return type == DataType::kHALF || type == DataType::kBF16 || type == DataType::kFLOAT;
     case kSigns:
-      return type == descriptions[kX].desc.type;
+      return type == tensors[kX].desc.type;
     case kBase:
     case kHigh:
     case kLow:
       return type == DataType::kINT8;
     case kInputs:
-      return type == (kQuantizes ? DataType::kINT8 : descriptions[kX].desc.type);
+      return type == (kQuantizes ? DataType::kINT8 : tensors[kX].desc.type);
     default:
       return type == DataType::kFLOAT;
   }

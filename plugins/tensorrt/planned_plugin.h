@@ -3,6 +3,11 @@
 //
 //   std::vector<PluginField> own_fields() const;   fields() with pointers to its own values
 //   int32_t input_count() const;
+//   void output_types(const DataType* inputs, DataType* outputs) const;               throw PluginError
+//   void output_shapes(const DimsExprs* inputs, DimsExprs* outputs, IExprBuilder&) const;
+//   bool takes(int32_t position, const DynamicPluginTensorDesc* tensors) const;   whether it may be so, if
+//   the
+//                                                       tensors before it are as described and all are linear
 //   Plan plan_for(const PluginInputs&) const;      throws PluginError
 //   size_t workspace_for(const Plan&) const;       the most that the plan or one of a smaller call needs
 //   void run(const Plan&, const void* const* inputs, void* const* outputs, void* workspace, cudaStream_t)
@@ -26,6 +31,31 @@ struct PluginInputs {
 template <class Derived>
 class PlannedPlugin : public Plugin<Derived> {
  public:
+  int32_t getOutputDataTypes(nvinfer1::DataType* outputs, int32_t output_count,
+                             const nvinfer1::DataType* inputs, int32_t input_count) const noexcept override {
+    return this->guarded(nvinfer1::ErrorCode::kINVALID_ARGUMENT, [&] {
+      require_counts(input_count, output_count);
+      self().output_types(inputs, outputs);
+    });
+  }
+
+  int32_t getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t input_count, const nvinfer1::DimsExprs*,
+                          int32_t, nvinfer1::DimsExprs* outputs, int32_t output_count,
+                          nvinfer1::IExprBuilder& builder) noexcept override {
+    return this->guarded(nvinfer1::ErrorCode::kINVALID_ARGUMENT, [&] {
+      require_counts(input_count, output_count);
+      self().output_shapes(inputs, outputs, builder);
+    });
+  }
+
+  bool supportsFormatCombination(int32_t position, const nvinfer1::DynamicPluginTensorDesc* tensors,
+                                 int32_t input_count, int32_t output_count) noexcept override {
+    if (input_count != self().input_count() || output_count != self().getNbOutputs()) return false;
+    if (position < 0 || position >= input_count + output_count) return false;
+    if (tensors[position].desc.format != nvinfer1::TensorFormat::kLINEAR) return false;
+    return self().takes(position, tensors);
+  }
+
   int32_t configurePlugin(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t input_count,
                           const nvinfer1::DynamicPluginTensorDesc*, int32_t output_count) noexcept override {
     return this->guarded(nvinfer1::ErrorCode::kINVALID_ARGUMENT, [&] {

@@ -31,44 +31,31 @@ std::vector<nvinfer1::PluginField> QuantizedLinearPlugin<kForm>::own_fields() co
 }
 
 template <int kForm>
-int32_t QuantizedLinearPlugin<kForm>::getOutputDataTypes(DataType* outputs, int32_t output_count,
-                                                         const DataType* inputs,
-                                                         int32_t input_count) const noexcept {
-  return this->guarded(nvinfer1::ErrorCode::kINVALID_ARGUMENT, [&] {
-    this->require_counts(input_count, output_count);
-    for (int32_t i = 0; i < input_count; ++i) {
-      if (inputs[i] == signature_.type(i, out_type_)) continue;
-      throw PluginError{"input " + std::to_string(i) + " is of type " +
-                        std::to_string(static_cast<int32_t>(inputs[i])) + ", must be " +
-                        std::to_string(static_cast<int32_t>(signature_.type(i, out_type_)))};
-    }
-    outputs[0] = out_type_;
-  });
+void QuantizedLinearPlugin<kForm>::output_types(const DataType* inputs, DataType* outputs) const {
+  for (int32_t i = 0; i < input_count(); ++i) {
+    if (inputs[i] == signature_.type(i, out_type_)) continue;
+    throw PluginError{"input " + std::to_string(i) + " is of type " +
+                      std::to_string(static_cast<int32_t>(inputs[i])) + ", must be " +
+                      std::to_string(static_cast<int32_t>(signature_.type(i, out_type_)))};
+  }
+  outputs[0] = out_type_;
 }
 
 template <int kForm>
-int32_t QuantizedLinearPlugin<kForm>::getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t input_count,
-                                                      const nvinfer1::DimsExprs*, int32_t,
-                                                      nvinfer1::DimsExprs* outputs, int32_t output_count,
-                                                      nvinfer1::IExprBuilder& builder) noexcept {
-  return this->guarded(nvinfer1::ErrorCode::kINVALID_ARGUMENT, [&] {
-    this->require_counts(input_count, output_count);
-    int64_t columns = 0;
-    signature_.check(inputs, fields_, columns);
-    outputs[0] = inputs[0];
-    outputs[0].d[outputs[0].nbDims - 1] = builder.constant(columns);
-  });
+void QuantizedLinearPlugin<kForm>::output_shapes(const nvinfer1::DimsExprs* inputs,
+                                                 nvinfer1::DimsExprs* outputs,
+                                                 nvinfer1::IExprBuilder& builder) const {
+  int64_t columns = 0;
+  signature_.check(inputs, fields_, columns);
+  outputs[0] = inputs[0];
+  outputs[0].d[outputs[0].nbDims - 1] = builder.constant(columns);
 }
 
 template <int kForm>
-bool QuantizedLinearPlugin<kForm>::supportsFormatCombination(
-    int32_t position, const nvinfer1::DynamicPluginTensorDesc* descriptions, int32_t input_count,
-    int32_t output_count) noexcept {
-  if (input_count != signature_.count() || output_count != 1) return false;
-  if (position < 0 || position > input_count) return false;
-  const nvinfer1::PluginTensorDesc& tensor = descriptions[position].desc;
-  if (tensor.format != nvinfer1::TensorFormat::kLINEAR) return false;
-  return tensor.type == (position == input_count ? out_type_ : signature_.type(position, out_type_));
+bool QuantizedLinearPlugin<kForm>::takes(int32_t position,
+                                         const nvinfer1::DynamicPluginTensorDesc* tensors) const {
+  const DataType wanted = position == input_count() ? out_type_ : signature_.type(position, out_type_);
+  return tensors[position].desc.type == wanted;
 }
 
 template <int kForm>

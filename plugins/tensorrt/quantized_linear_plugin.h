@@ -16,14 +16,10 @@ class QuantizedLinearPlugin : public PlannedPlugin<QuantizedLinearPlugin<kForm>>
   const char* name() const { return operator_name(); }
 
   int32_t getNbOutputs() const noexcept override { return 1; }
-  int32_t getOutputDataTypes(nvinfer1::DataType* outputs, int32_t output_count,
-                             const nvinfer1::DataType* inputs, int32_t input_count) const noexcept override;
-  int32_t getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t input_count, const nvinfer1::DimsExprs*,
-                          int32_t, nvinfer1::DimsExprs* outputs, int32_t output_count,
-                          nvinfer1::IExprBuilder& builder) noexcept override;
-  bool supportsFormatCombination(int32_t position, const nvinfer1::DynamicPluginTensorDesc* descriptions,
-                                 int32_t input_count, int32_t output_count) noexcept override;
-
+  void output_types(const nvinfer1::DataType* inputs, nvinfer1::DataType* outputs) const;
+  void output_shapes(const nvinfer1::DimsExprs* inputs, nvinfer1::DimsExprs* outputs,
+                     nvinfer1::IExprBuilder& builder) const;
+  bool takes(int32_t position, const nvinfer1::DynamicPluginTensorDesc* tensors) const;
   std::vector<nvinfer1::PluginField> own_fields() const;
   int32_t input_count() const { return signature_.count(); }
   quantized_linear::Plan plan_for(const PluginInputs& inputs) const;
