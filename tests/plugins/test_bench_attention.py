@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,6 +90,15 @@ def test_bytes_that_decoding_must_read() -> None:
     assert replace(Attention(), bits=4).cache_bytes_read(64) == expected
     numbers = 64 * 8 * (4092 * (2 * 128 + 2 * 2) + 4 * 2 * 256)  # of fp8, which have no minimum
     assert replace(Attention(), bits=8, fp8=True).cache_bytes_read(64) == numbers
+
+
+def test_every_head_size_and_format_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "measure_prefill", lambda _, a, tokens: [("prefill", a.head_size, a.form)])
+    monkeypatch.setattr(bench, "measure_decode", lambda _, a, batch: ("decode", a.head_size, a.form))
+    measured = set(bench.measure(None))
+    forms = ["float", "fp8", *(f"int{b}{recent}" for b in (8, 4, 2) for recent in ("", ", 32 recent"))]
+    for way, head, form in itertools.product(("prefill", "decode"), (64, 80, 96, 128, 256), forms):
+        assert (way, head, form) in measured
 
 
 def results(**changed: float) -> list[targets.Result]:
