@@ -23,6 +23,9 @@ from rotexport.quant.scales import QuantizedTensor
 from rotexport.quant.scheme import GptqSettings
 from rotexport.quant.solved import dequantized
 
+JOINING = ("output", "down")  # roles of products that are added to the residual stream
+SMALLEST_POWER = 1e-12  # of a token in the stream
+
 
 @dataclass
 class Moments:
@@ -36,12 +39,13 @@ class Moments:
         """Return moments of nothing yet."""
         return cls(np.zeros((width, width)), np.zeros((width, width)))
 
-    def add(self, quantized: Tensor, exact: Tensor | None) -> None:
-        """Add tokens [..., K] of both networks."""
+    def add(self, quantized: Tensor, exact: Tensor | None, importance: Tensor | None = None) -> None:
+        """Add tokens [..., K] of both networks, each `importance` [...] times; None: once."""
         rows = quantized.reshape(-1, quantized.shape[-1])
-        self.second += (rows.T @ rows).numpy()
+        counted = rows if importance is None else rows * importance.reshape(-1, 1)
+        self.second += (counted.T @ rows).numpy()
         if exact is not None:
-            self.cross += (rows.T @ exact.reshape(rows.shape)).numpy()
+            self.cross += (counted.T @ exact.reshape(rows.shape)).numpy()
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class GptqMethod:
     output: the best real weight for that, W + (H + λI)⁻¹ (C - H) W with C = E[x̂ᵀx], takes W's place. H and C
     are estimates: without a ridge λ of H's own magnitude the aim follows the noise of a few windows, and is
     worse on other text than the weight. Without feedback, activations stay float while collecting, as in
-    QuaRot.
+    QuaRot. Errors of products that join the residual stream count relative to it, token by token.
     """
 
     settings: GptqSettings
@@ -94,12 +98,29 @@ class GptqMethod:
         quantizer = task.edits.inputs.get(group[0]) if self.settings.feedback else None
         moments = Moments.of(len(original[group[0]]))
         restored = _with_weights(original)
-        for exact, inexact in zip(*streams, strict=True):
+        for windows, exact, inexact in zip(task.inputs.batches(), *streams, strict=True):
             block.advance(exact, tensor, restored)
             block.advance(inexact, tensor, task.edits if self.settings.feedback else NO_EDITS)
             seen = inexact[tensor] if quantizer is None else quantizer(inexact[tensor])
-            moments.add(seen, exact[tensor] if self.settings.feedback else None)
+            importance = self._importance(task, group[0], task.float_inputs[windows], exact, restored)
+            moments.add(seen, exact[tensor] if self.settings.feedback else None, importance)
         return moments
+
+    def _importance(
+        self, task: BlockTask, site: str, entering: Tensor, exact: dict[str, Tensor], restored: Edits
+    ) -> Tensor | None:
+        """Return what squared errors of a site's product count, [windows, tokens]; None: all alike.
+
+        Attention joins the stream as it entered the block; what a down projection makes is judged beside its
+        own result, since it may be what makes a token massive.
+        """
+        role = next(linear.role for linear in task.block.block.sites if linear.name == site)
+        if not self.settings.relative or role not in JOINING:
+            return None
+        stream, output = entering, task.block.block.output
+        if role == "down":
+            stream = task.block.run(exact, [output], restored)[output]
+        return stream.square().mean(-1).clamp_min(SMALLEST_POWER).reciprocal()
 
     def _together(
         self, site: SitePlan, weights: dict[str, Array], moments: Moments

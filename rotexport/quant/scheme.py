@@ -58,6 +58,8 @@ class GptqSettings:
     falling second moment. `sweeps` counts rounds of coordinate descent with refitted scales afterwards.
     `feedback` aims at the float network's outputs from the quantized network's inputs, instead of at the
     float weight; `ridge` times that mean keeps the aim near the weight where text does not tell it better.
+    `relative` counts errors of what joins the residual stream relative to the stream's magnitude at their
+    token, by which the next norm divides them; otherwise a few massive tokens are most of H.
     Updates reach beyond `block` rows once per block, which changes speed only. `windows` of the calibration
     windows, evenly spread, are looked at; None is all.
     """
@@ -69,6 +71,7 @@ class GptqSettings:
     block: int = 32
     windows: int | None = None
     ridge: float = 1.0
+    relative: bool = True
 
     def __post_init__(self) -> None:
         _check_fraction("gptq.damping", self.damping)
@@ -77,8 +80,9 @@ class GptqSettings:
         _one_of("gptq.order", self.order, GPTQ_ORDERS)
         if not isinstance(self.sweeps, int) or self.sweeps < 0:
             raise RecipeError(f"gptq.sweeps: {self.sweeps!r} is not a number of rounds")
-        if not isinstance(self.feedback, bool):
-            raise RecipeError(f"gptq.feedback: {self.feedback!r} is not true or false")
+        for key in ("feedback", "relative"):
+            if not isinstance(getattr(self, key), bool):
+                raise RecipeError(f"gptq.{key}: {getattr(self, key)!r} is not true or false")
         if not isinstance(self.block, int) or self.block < 1:
             raise RecipeError(f"gptq.block: {self.block!r} is not a positive number of rows")
         if self.windows is not None and (not isinstance(self.windows, int) or self.windows < 1):
