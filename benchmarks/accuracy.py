@@ -152,21 +152,33 @@ def processor_seconds() -> float:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """One table per scheme: rotations down, methods across."""
-    parts = []
-    for scheme in dict.fromkeys(name.split(" / ")[0] for name in results):
-        found = {
-            tuple(name.split(" / ")[1:]): row
-            for name, row in results.items()
-            if name.startswith(f"{scheme} / ")
-        }
-        methods = list(dict.fromkeys(method for _, method in found))
-        lines = [f"| {scheme} | {' | '.join(methods)} |", f"|---|{'---|' * len(methods)}"]
-        for rotation in dict.fromkeys(rotation for rotation, _ in found):
-            cells = (found.get((rotation, method), {}).get("perplexity", "") for method in methods)
-            lines.append(f"| {rotation} | {' | '.join(map(str, cells))} |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+    """What is shipped beside its targets; per scheme, rotations down and methods across; the ablation."""
+    named = {tuple(name.split(" / ")): row for name, row in results.items()}
+    shipped = ["| scheme | recipe | perplexity | target | processor seconds | GB |", f"|{'---|' * 6}"]
+    left_out = ["| best-w4a8 from 16 windows | perplexity |", "|---|---|"]
+    schemes: dict[str, dict[tuple[str, str], float]] = {}
+    for (scheme, rotation, method), row in named.items():
+        if rotation.startswith("best"):
+            figures = (
+                row.get(key, "") for key in ("perplexity", "target", "cpu_seconds", "peak_anonymous_GB")
+            )
+            name = scheme + rotation.removeprefix("best")
+            shipped.append(f"| {name} | {' | '.join(map(str, (row['recipe'], *figures)))} |")
+        elif rotation.startswith("without "):
+            left_out.append(f"| {rotation} | {row['perplexity']} |")
+        else:
+            schemes.setdefault(scheme, {})[rotation, method] = row["perplexity"]
+    across = [_across(scheme, found) for scheme, found in schemes.items()]
+    return "\n\n".join(["\n".join(shipped), *across, "\n".join(left_out)])
+
+
+def _across(scheme: str, found: dict[tuple[str, str], float]) -> str:
+    methods = [method for method in METHODS if any(key[1] == method for key in found)]
+    lines = [f"| {scheme} | {' | '.join(methods)} |", f"|---|{'---|' * len(methods)}"]
+    for rotation in dict.fromkeys(rotation for rotation, _ in found):
+        cells = (found.get((rotation, method), "") for method in methods)
+        lines.append(f"| {rotation} | {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
