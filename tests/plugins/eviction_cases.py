@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import pytest
 import torch
 from attention_cases import Case, Session, Stream
 from emulated_attention import Call
 from emulated_eviction import EmulatedEviction
-from structures import POLICIES, EvictionProblem
+from structures import POLICIES as POLICY_NUMBERS
+from structures import EvictionProblem
 from support import evictions
 from support.streams import Shape
 
@@ -18,6 +20,9 @@ from rotexport.streaming.eviction_oracle import Evicted, evict
 from rotexport.streaming.oracle import Definition, Row
 
 KINDS = ("key", "value")
+HEAVY = Eviction("heavy-hitter", recent=4, context=1000, forget=0.97)
+SNAP = Eviction("snapkv", recent=4, context=1000, observe=9)
+POLICIES = [pytest.param(HEAVY, id="heavy-hitter"), pytest.param(SNAP, id="snapkv")]
 SCORE_TOLERANCE = 2.0**-17 * 33  # kernels/eviction.h, for logits of at most 32
 
 
@@ -31,7 +36,7 @@ class EvictingCase(Case):
         p = self.policy
         return EvictionProblem(
             *self.numbers(batch, tokens),
-            *(POLICIES[p.policy], p.recent, p.context, p.observe, p.forget),
+            *(POLICY_NUMBERS[p.policy], p.recent, p.context, p.observe, p.forget),
         )
 
     def empty_cache(self, batch: int) -> dict[str, np.ndarray]:
@@ -94,3 +99,17 @@ def assert_slots_hold_their_tokens(session: Session) -> None:
 
 def with_policy(case: EvictingCase, **changed: object) -> EvictingCase:
     return replace(case, policy=replace(case.policy, **changed))
+
+
+def assert_scores_close(found: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(found, expected, rtol=SCORE_TOLERANCE, atol=1e-6)
+
+
+def assert_holds(session: Session, row: int, calls: list[int]) -> None:
+    """A row's slots hold what the definition keeps of its calls, with its scores, newest first."""
+    case = session.case
+    assert isinstance(case, EvictingCase)
+    for head, scores in enumerate(case.evicted(session.streams[row], calls).held):
+        found = held_scores(session, row, head)
+        assert list(found) == list(scores), "the same tokens, newest first"
+        assert_scores_close(np.array(list(found.values())), np.array(list(scores.values())))

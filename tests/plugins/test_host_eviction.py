@@ -10,16 +10,13 @@ import numpy as np
 import pytest
 from driver import Host, HostError, Request
 from emulated_eviction import EmulatedEviction
-from eviction_cases import EvictingCase, session_of
+from eviction_cases import HEAVY, POLICIES, SNAP, EvictingCase, session_of
 
 from rotexport.streaming.cache import FLOAT_CACHE, LayerCache
 from rotexport.streaming.eviction import OPERATORS, Eviction
 
 FLOAT, HALF, INT32, BFLOAT16, INT64 = 0, 1, 3, 7, 8
 INPUTS = ("query", "query_sink", "key", "value", "past_length", "new_length", "decay")
-HEAVY = Eviction("heavy-hitter", recent=4, context=1000, forget=0.97)
-SNAP = Eviction("snapkv", recent=4, context=1000, observe=9)
-POLICIES = [pytest.param(HEAVY, id="heavy-hitter"), pytest.param(SNAP, id="snapkv")]
 
 
 def fields(case: EvictingCase) -> dict[str, np.ndarray]:
