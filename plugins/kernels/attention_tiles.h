@@ -75,12 +75,11 @@ class TileAttention : protected Block {
   ROTEXPORT_DEVICE void attend() {
     prepare();
     Tile tile = Block::first_tile();
-    if (tile.exists()) {
-      load_queries(tile);
-      kernel().load_keys(tile);
-      device::copy_async_commit();
-    }
-    while (tile.exists()) {
+    if (Traits::kSplits && !tile.exists()) return;  // of its part of the keys; of all it sees itself
+    load_queries(tile);
+    kernel().load_keys(tile);
+    device::copy_async_commit();
+    do {
       device::copy_async_wait<0>();
       device::barrier();  // keys have landed, and nobody reads the last tile's values
       kernel().load_values(tile);
@@ -100,7 +99,7 @@ class TileAttention : protected Block {
       }
       kernel().leave(tile);
       tile = next;
-    }
+    } while (tile.exists());
   }
 
   // Divides by the sums and stores, through the warp's own rows of the query buffer.
