@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 from transformers import PreTrainedModel
 
 from rotexport.blocks.calibration import Network, solve_blocks
+from rotexport.blocks.head import head_correction
 from rotexport.blocks.sensitivity import sensitivities, widen
 from rotexport.checkpoint import Checkpoint, open_checkpoint
 from rotexport.doctor import require
@@ -17,7 +18,7 @@ from rotexport.errors import TargetError, ValidationError
 from rotexport.export import export
 from rotexport.graph.basis import analyse
 from rotexport.graph.io import Scratch, WeightFile, save_model
-from rotexport.graph.sites import linears
+from rotexport.graph.sites import linears, output_head
 from rotexport.graph.twin import runnable
 from rotexport.graph.weights import Array
 from rotexport.learning.flat import learn_affine
@@ -151,6 +152,8 @@ def prepare(
         plan = plan_sites(graph, recipe)
         if recipe.reconstruct.enabled or recipe.distill.enabled:
             check_learnable(plan)
+        if recipe.correct_head.enabled:
+            output_head(graph)
         if options.plugins is not None:  # without kernels of ours TensorRT runs its own products
             plan = with_operators(plan)
         check_attention(graph, recipe)
@@ -309,7 +312,14 @@ def _calibrate(prepared: Prepared, scratch: Scratch, kept: Path, steps: Steps) -
             found.plan, solved = distilled.plan, distilled.solved
             found.notes.append(distilled.note)
         steps.measure("distilled", statistics, solved)
-    return Calibrated(statistics, key_means, solved)
+    if not recipe.correct_head.enabled:
+        return Calibrated(statistics, key_means, solved)
+    with stages("correct head") as stage:
+        seen = spread(windows, recipe.correct_head.windows)
+        head = head_correction(
+            steps.network(statistics), solved, seen, recipe.correct_head.ridge, stage.advance
+        )
+    return Calibrated(statistics, key_means, solved, head)
 
 
 def _refuse(output: OutputDirectory, proof: Proof) -> None:

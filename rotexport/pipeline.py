@@ -19,6 +19,7 @@ from rotexport.learning.flat_block import Flattening
 from rotexport.learning.principal import Principal
 from rotexport.passes.base import Pass, PassReport, Placement
 from rotexport.passes.center_layernorms import CenterLayerNorms
+from rotexport.passes.correct_head import CorrectHead
 from rotexport.passes.fold_norms import FoldNorms
 from rotexport.passes.lasting_positions import LastingPositions
 from rotexport.passes.place_linears import PlaceLinears
@@ -127,12 +128,13 @@ class Calibrated:
     """What calibration text decided.
 
     `statistics` of inputs, by site, are for static activations; `key_means` of layers for centred caches;
-    `solved` weights, by site, were chosen block by block.
+    `solved` weights, by site, were chosen block by block; `head` [K, K] is what corrects the output head.
     """
 
     statistics: Mapping[str, InputStatistics] = field(default_factory=dict)
     key_means: Mapping[int, Array] = field(default_factory=dict)
     solved: Mapping[str, WeightQuantizer] = field(default_factory=dict)
+    head: Array | None = None
 
 
 def learned_passes(learned: Mapping[int | None, Transform]) -> list[Pass]:
@@ -156,7 +158,8 @@ def affine_passes(learned: Flattening) -> list[Pass]:
 
 def quantization_passes(recipe: Recipe, plan: Sequence[SitePlan], calibrated: Calibrated) -> list[Pass]:
     """Return the passes that change numbers, then the one that stores equal ones once."""
-    passes: list[Pass] = [SetPrecision(DTYPES[recipe.dtype])]
+    passes: list[Pass] = [] if calibrated.head is None else [CorrectHead(calibrated.head)]
+    passes.append(SetPrecision(DTYPES[recipe.dtype]))
     if any(site.weights.enabled for site in plan):
         passes.append(QuantizeWeights(plan, calibrated.solved))
     if any(site.operator for site in plan):

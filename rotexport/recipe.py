@@ -24,6 +24,7 @@ from rotexport.quant.scheme import (
     CacheScheme,
     ClipSearch,
     GptqSettings,
+    HeadCorrection,
     MixedScheme,
     WeightScheme,
 )
@@ -172,6 +173,7 @@ class Recipe:
     distill: Training = field(default_factory=Training)
     mixed: MixedScheme = field(default_factory=MixedScheme)
     clip_search: ClipSearch = field(default_factory=ClipSearch)
+    correct_head: HeadCorrection = field(default_factory=HeadCorrection)
     calibration_windows: int = CALIBRATION_WINDOWS
     kv_cache: CacheScheme = field(default_factory=CacheScheme)
     attention: AttentionScheme = field(default_factory=AttentionScheme)
@@ -187,6 +189,14 @@ class Recipe:
             raise RecipeError(
                 f"calibration_windows: {self.calibration_windows!r} is not a positive number of windows"
             )
+        self._check_learning()
+        self._check_quantization()
+        if self.attention.streaming:
+            self.attention.cache_format(self.kv_cache)
+        elif (setting := self.kv_cache.bounded_only) is not None:
+            raise RecipeError(f"kv_cache.{setting} needs a bounded cache; set attention.kind to streaming")
+
+    def _check_learning(self) -> None:
         if self.rotations.learned != self.learn_rotations.enabled:
             raise RecipeError(
                 "rotations.r1 or r2 of kind 'learned' and learn_rotations.steps above 0 go together; "
@@ -206,20 +216,23 @@ class Recipe:
             raise RecipeError(
                 "learn_affine and rotations.r4 or o_heads would transform the same inputs; keep one of them"
             )
+
+    def _check_quantization(self) -> None:
         if self.clip_search.enabled and not self.activations.enabled:
             raise RecipeError(
                 "clip_search tries clips of quantized activations; set activations.format, "
                 "or clip_search.candidates to 0"
+            )
+        if self.correct_head.enabled and not self.weights.enabled:
+            raise RecipeError(
+                "correct_head takes up the error of quantized weights; set weights.format, "
+                "or correct_head.windows to 0"
             )
         if self.activations.enabled and not self.weights.enabled:
             raise RecipeError(
                 f"activations.format: {self.activations.format} needs quantized weights; "
                 "set weights.format too"
             )
-        if self.attention.streaming:
-            self.attention.cache_format(self.kv_cache)
-        elif (setting := self.kv_cache.bounded_only) is not None:
-            raise RecipeError(f"kv_cache.{setting} needs a bounded cache; set attention.kind to streaming")
 
     @property
     def learns(self) -> bool:
@@ -258,6 +271,7 @@ SECTIONS: Final[Mapping[str, type]] = {
     "gptq": GptqSettings,
     "mixed": MixedScheme,
     "clip_search": ClipSearch,
+    "correct_head": HeadCorrection,
     "learn_rotations": RotationTraining,
     "learn_affine": AffineTraining,
     "reconstruct": Training,

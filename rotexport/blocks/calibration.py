@@ -27,6 +27,7 @@ from rotexport.blocks.torch_block import Edit, Edits, TorchBlock
 from rotexport.errors import OutputError
 from rotexport.graph.sites import linears
 from rotexport.graph.weights import Array, weight_of
+from rotexport.passes.quantize_weights import quantizer_of
 from rotexport.quant.calibrate import InputStatistics
 from rotexport.quant.formats import activation_format, weight_format
 from rotexport.quant.plan import SitePlan
@@ -219,6 +220,20 @@ class _Runner:
 
     def _weights(self, block: BlockGraph) -> Path:
         return self.folder / f"block-{block.index}.npz"
+
+
+def quantized_weights(
+    network: Network, solved: Mapping[str, WeightQuantizer], block: TorchBlock
+) -> dict[str, Tensor]:
+    """Return what a block's planned weights [K, N] become: as `solved`, or as their schemes round them."""
+    plan = {site.site: site for site in network.plan if site.weights.enabled}
+    return {
+        name: torch.from_numpy(
+            dequantized((solved.get(name) or quantizer_of(plan[name])).quantize(weight.numpy()))
+        )
+        for name, weight in block.weights.items()
+        if name in plan
+    }
 
 
 def run_quantized(task: BlockTask, tensors: Mapping[str, QuantizedTensor]) -> None:

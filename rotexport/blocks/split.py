@@ -16,7 +16,7 @@ from torch import Tensor
 from rotexport.blocks.evaluate import Evaluator
 from rotexport.errors import GraphError
 from rotexport.graph.edit import producer
-from rotexport.graph.sites import Linear, linears
+from rotexport.graph.sites import Linear, linears, output_head
 from rotexport.graph.weights import Array
 
 _OUTPUT: Final = re.compile(r"block\.(\d+)\.output")
@@ -64,6 +64,20 @@ class Split:
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits [batch, tokens, vocabulary] of what leaves the last block; autograd flows."""
         return self._epilogue.run({self.blocks[-1].output: x}, ["logits"])["logits"]
+
+    def head_inputs(self, x: Tensor) -> Tensor:
+        """Return what the output head multiplies, [batch, tokens, K], of what leaves the last block."""
+        name = self._head.input.name
+        return self._to_head.run({self.blocks[-1].output: x}, [name])[name]
+
+    @cached_property
+    def _head(self) -> Linear:
+        return output_head(self.graph)
+
+    @cached_property
+    def _to_head(self) -> Evaluator:
+        tensors = self.graph.tensors()
+        return Evaluator(_ancestors([self._head.input], self.graph, tensors[self.blocks[-1].output]))
 
     @cached_property
     def _epilogue(self) -> Evaluator:

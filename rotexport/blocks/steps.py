@@ -11,16 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
-from torch import Tensor
 
-from rotexport.blocks.calibration import Network
+from rotexport.blocks.calibration import Network, quantized_weights
 from rotexport.blocks.split import split_blocks
-from rotexport.blocks.torch_block import Edit, Edits, TorchBlock
+from rotexport.blocks.torch_block import TorchBlock
 from rotexport.graph.weights import Array
-from rotexport.passes.quantize_weights import quantizer_of
 from rotexport.quant.plan import SitePlan
 from rotexport.quant.scales import WeightQuantizer
-from rotexport.quant.solved import dequantized
 
 WINDOWS: Final = 2  # of the calibration text: steps differ by more than text does
 
@@ -45,7 +42,6 @@ def step_errors(
     `windows` are calibration token ids [W, S], of which the first are used.
     """
     network = replace(network, plan=[_measurable(site, network) for site in network.plan])
-    plan = {site.site: site for site in network.plan}
     split = split_blocks(network.graph)
     context, errors = split.context(windows.shape[1]), []
     with torch.no_grad():
@@ -53,12 +49,8 @@ def step_errors(
         for number, graph in enumerate(split.blocks):
             block, edits = TorchBlock(graph), network.edits(graph)
             output = block(x, context)
-            weights = {
-                name: _instead(solved.get(name) or quantizer_of(plan[name]), weight)
-                for name, weight in block.weights.items()
-                if plan[name].weights.enabled
-            }
-            quantized = block(x, context, Edits(edits.inputs, weights, edits.attention))
+            block.weights |= quantized_weights(network, solved, block)
+            quantized = block(x, context, edits)
             power = output.square().sum(-1).clamp_min(torch.finfo(output.dtype).tiny)
             errors.append(float(((quantized - output).square().sum(-1) / power).mean()))
             x = output
@@ -71,8 +63,3 @@ def _measurable(site: SitePlan, network: Network) -> SitePlan:
     if activations.mode == "static" and site.site not in network.statistics:
         activations = replace(activations, mode="dynamic")
     return replace(site, weights=weights, activations=activations)
-
-
-def _instead(quantizer: WeightQuantizer, weight: Tensor) -> Edit:
-    values = torch.from_numpy(dequantized(quantizer.quantize(weight.numpy())))
-    return lambda _: values

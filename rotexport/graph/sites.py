@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from rotexport.errors import GraphError
 from rotexport.graph.edit import consumers, producer
 
 NONLINEARITIES = frozenset(
@@ -69,6 +70,19 @@ def linears(graph: gs.Graph) -> list[Linear]:
         name = stem if seen[stem] == 1 else f"{stem}.{seen[stem]}"
         result.append(Linear(name, node, block, role))
     return result
+
+
+def output_head(graph: gs.Graph) -> Linear:
+    """Return the linear that makes the logits.
+
+    Raises:
+        GraphError: no product by a constant matrix does.
+
+    """
+    for linear in linears(graph):
+        if linear.role == "head":
+            return linear
+    raise GraphError("no product by a constant matrix makes 'logits', so there is no head to correct")
 
 
 def _following_attention(graph: gs.Graph) -> dict[int, int]:

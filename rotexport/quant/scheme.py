@@ -112,6 +112,29 @@ class MixedScheme:
 
 
 @dataclass(frozen=True)
+class HeadCorrection:
+    """How the head takes up what error the blocks leave: from `windows` calibration windows (0: it does not).
+
+    `ridge` times the mean second moment of the head's inputs keeps the correction near nothing where text
+    does not tell.
+    """
+
+    windows: int = 0
+    ridge: float = 0.1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.windows, bool) or not isinstance(self.windows, int) or self.windows < 0:
+            raise RecipeError(f"correct_head.windows: {self.windows!r} is not a number of windows")
+        if not _is_number(self.ridge) or self.ridge <= 0:
+            raise RecipeError(f"correct_head.ridge: {self.ridge!r} is not a number above 0")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the head changes."""
+        return self.windows > 0
+
+
+@dataclass(frozen=True)
 class ClipSearch:
     """Which clips of activations are tried for every input, before weights are chosen and again behind them.
 

@@ -19,6 +19,7 @@ from rotexport.graph.edit import sort
 from rotexport.graph.io import WeightFile, save_model
 from rotexport.passes.base import Pass
 from rotexport.passes.center_layernorms import CenterLayerNorms
+from rotexport.passes.correct_head import CorrectHead
 from rotexport.passes.fold_norms import FoldNorms
 from rotexport.passes.fuse_key_rotations import FuseKeyRotations
 from rotexport.passes.lasting_positions import LastingPositions
@@ -70,6 +71,7 @@ PASSES: dict[str, Pass] = {
         TransformInputs({("up", "up.2"): LEARNED}),
         TransformValues({0: SHEAR}),
         TransformKeys({0: ScaledKronecker(None, KroneckerPair(Identity(1), SHEAR))}),
+        CorrectHead(np.array([[1.0, 0.0], [0.5, 1.0]])),
         SetPrecision(np.dtype(np.float16)),
         QuantizeWeights([INT4]),
         PlaceLinears(PLACED),
