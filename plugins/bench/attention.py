@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from attention_streams import definition_row, random_new, random_turns, special_inputs, special_noise
 from attention_targets import COPY_BYTES, LONG, MANY_ROWS, SHORT, WARPGROUPS, Result, shortfalls, table
-from gpu_attention import Attention, AttentionKernels, Call
+from gpu_attention import Attention, AttentionKernels
+from gpu_calls import Call
 from measuring import EPSILON, Benchmark, median_seconds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention

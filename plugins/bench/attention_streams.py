@@ -13,17 +13,8 @@ def random_new(
     attention: Attention, batch: int, tokens: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """Return the tensors that a call brings."""
-    a = attention
-    heads = {"query": a.query_heads, "query_sink": a.query_heads, "key": a.kv_heads, "value": a.kv_heads}
-    sizes = {"value": a.value_size}
-    if a.angles:
-        heads |= {"key_mean": a.kv_heads, "mean_query": a.query_heads}
-        sizes |= {"mean_query": a.angles}
-    made = {
-        name: torch.randn(batch, count, tokens, sizes.get(name, a.head_size), device=device, dtype=a.dtype)
-        for name, count in heads.items()
-    }
-    if a.rotated:
+    made = attention.random_new(batch, tokens, device)
+    if attention.rotated:
         made |= {name: (4 * made[name]).round() / 4 for name in NEW[:3]}
     return made
 

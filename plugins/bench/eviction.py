@@ -18,9 +18,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from gpu_eviction import Call, Evicting, EvictionKernels, Expected, expected
+from gpu_calls import Call
+from gpu_eviction import Evicting, EvictionKernels, Expected, expected
 from measuring import EPSILON, Benchmark, median_seconds
-from structures import NEW, POLICIES
+from structures import POLICIES
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -38,19 +39,6 @@ class Result:
     seconds: dict[str, float]
 
 
-def random_new(evicting: Evicting, batch: int, tokens: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the tensors that a call brings."""
-    e = evicting
-    heads = {"query": e.query_heads, "query_sink": e.query_heads, "key": e.kv_heads, "value": e.kv_heads}
-    sizes = {"value": e.value_size}
-    return {
-        name: torch.randn(
-            batch, heads[name], tokens, sizes.get(name, e.head_size), device=device, dtype=e.dtype
-        )
-        for name in NEW
-    }
-
-
 def selection_error(evicting: Evicting, end: int, kept: torch.Tensor, every: Expected) -> float:
     """Return by how much what stays misses the best, of the worst that stays; infinity if it may not stay."""
     if not torch.isin(kept, every.positions).all() or len(kept) != min(evicting.window, len(every.positions)):
@@ -65,14 +53,14 @@ def selection_error(evicting: Evicting, end: int, kept: torch.Tensor, every: Exp
     return max(float((best - worst) / worst.clamp(min=1e-30)), 0.0)
 
 
-def slot_error(call: Call, row: int, head: int, every: Expected) -> float:
+def slot_error(call: Call[Evicting], row: int, head: int, every: Expected) -> float:
     """Return the largest error of what slots hold, as a fraction of what is allowed."""
     end = int(call.past_length[row] + call.new_length[row])
     slots = {name: tensor[row, head] for name, tensor in call.cache.items()}
     counts = slots["window_position"].long()
     held = counts > 0
     kept = counts[held] - 1
-    choice = selection_error(call.evicting, end, kept, every)
+    choice = selection_error(call.sizes, end, kept, every)
     if choice == float("inf") or bool((kept.diff() >= 0).any()):
         return float("inf")
     index = (every.positions == kept[:, None]).int().argmax(1)
@@ -92,7 +80,7 @@ def check(kernels: EvictionKernels, evicting: Evicting, device: torch.device) ->
     cache = evicting.cache(len(past), device)
     worst = 0.0
     for counts in CALLS:
-        new = random_new(evicting, len(counts), max(counts), device)
+        new = evicting.random_new(len(counts), max(counts), device)
         for row, count in enumerate(counts):
             for tensor in new.values():
                 tensor[row, :, count:] = torch.nan
@@ -126,7 +114,13 @@ def check_all(kernels: EvictionKernels) -> list[str]:
     wrong, checked = [], 0
     for sizes, policy, dtype in itertools.product(SIZES, POLICIES, (torch.float16, torch.bfloat16)):
         evicting = Evicting(
-            policy, *sizes, kv_heads=2, repeat=3, window=128, recent=24, context=400, forget=0.99, dtype=dtype
+            *(*sizes, 2, 3),
+            window=128,
+            dtype=dtype,
+            policy=policy,
+            recent=24,
+            context=400,
+            forget=0.99,
         )
         for one in (evicting, replace(evicting, softcap=5.0, decay=0.02)):
             error = check(kernels, one, torch.device("cuda"))
@@ -140,7 +134,7 @@ def check_all(kernels: EvictionKernels) -> list[str]:
 def measure_prompt(kernels: EvictionKernels, evicting: Evicting, tokens: int) -> Result:
     """Measure one prompt, and full causal attention over it."""
     device = torch.device("cuda")
-    new = random_new(evicting, 1, tokens, device)
+    new = evicting.random_new(1, tokens, device)
     lengths = (torch.zeros(1, device=device).int(), torch.full((1,), tokens, device=device).int())
     launch = kernels.prepare(Call(evicting, new, *lengths, evicting.cache(1, device)))
     seconds = {"kernel": median_seconds([launch.run])}
@@ -154,7 +148,7 @@ def measure_prompt(kernels: EvictionKernels, evicting: Evicting, tokens: int) ->
 def measure_token(kernels: EvictionKernels, evicting: Evicting, batch: int) -> Result:
     """Measure a new token for each row over a full cache, again and again; all scores are alike at first."""
     device = torch.device("cuda")
-    new = random_new(evicting, batch, 1, device)
+    new = evicting.random_new(batch, 1, device)
     lengths = (torch.full((batch,), 50_000, device=device).int(), torch.ones(batch, device=device).int())
     cache = evicting.cache(batch, device)
     for name in ("sink_key", "sink_value", "window_key", "window_value"):
@@ -172,7 +166,7 @@ def measure_token(kernels: EvictionKernels, evicting: Evicting, batch: int) -> R
 def measure(kernels: EvictionKernels) -> Iterator[Result]:
     """Measure prompts and single tokens under both policies."""
     for policy in POLICIES:
-        evicting = Evicting(policy)
+        evicting = Evicting(policy=policy)
         for tokens in PROMPTS:
             yield measure_prompt(kernels, evicting, tokens)
         for batch in (64, 1):

@@ -3,48 +3,45 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from gpu_calls import ATTENTION, TYPES, Launch, prepare
+from gpu_calls import ATTENTION, Call, Launch, Sizes, prepare
 from structures import ATTENTION_CACHE, FORMATS, AttentionProblem
 
 from rotexport.streaming.oracle import quantize, ring_positions, to_fp8, visible
 
 
 @dataclass(frozen=True)
-class Attention:
+class Attention(Sizes):
     """Sizes and numbers of one operator.
 
     `bits` None keeps the window in floating point; `fp8` codes are numbers, not levels.
     """
 
-    head_size: int = 128
-    value_size: int = 128
-    kv_heads: int = 8
-    repeat: int = 4
-    sinks: int = 4
-    window: int = 4092
     bits: int | None = None
     recent: int = 0
     group: int | None = None
-    softcap: float = 0.0
-    decay: float = 0.0
-    dtype: torch.dtype = torch.float16
     angles: int = 0  # of the mean that keys are stored without
     rotated: bool = False
     fp8: bool = False
 
-    @property
-    def query_heads(self) -> int:
-        """Query heads in all."""
-        return self.kv_heads * self.repeat
+    def problem(self, batch: int, tokens: int) -> AttentionProblem:
+        """Return what the kernels are told of a call's sizes."""
+        return AttentionProblem(
+            *self.numbers(batch, tokens),
+            *(FORMATS[self.format], self.recent, self.groups(self.head_size), self.groups(self.value_size)),
+            *(self.angles, self.rotated),
+        )
 
     @property
-    def scale(self) -> float:
-        """The usual factor of logits."""
-        return self.head_size**-0.5
+    def heads(self) -> dict[str, tuple[int, int]]:
+        """Heads of each tensor that a call brings, and their size."""
+        if not self.angles:
+            return super().heads
+        means = {"key_mean": (self.kv_heads, self.head_size), "mean_query": (self.query_heads, self.angles)}
+        return super().heads | means
 
     @property
     def format(self) -> str:
@@ -64,10 +61,6 @@ class Attention:
     def groups(self, size: int) -> int:
         """Return the number of groups of a head of `size` channels."""
         return size // (self.group or size)
-
-    def slopes(self, device: torch.device) -> torch.Tensor:
-        """Return the decay of each query head, none for the first."""
-        return self.decay * torch.linspace(0, 1, self.query_heads, device=device)
 
     def cache(self, batch: int, device: torch.device) -> dict[str, torch.Tensor]:
         """Return an empty cache, in the order of the operator's inputs."""
@@ -172,32 +165,6 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call: new tensors [B, heads, S, size], lengths [B], and the cache, which it updates.
-
-    `others` are what only some operators take.
-    """
-
-    attention: Attention
-    new: dict[str, torch.Tensor]
-    past_length: torch.Tensor
-    new_length: torch.Tensor
-    cache: dict[str, torch.Tensor]
-    others: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    @property
-    def problem(self) -> AttentionProblem:
-        """What the kernels are told of sizes."""
-        a = self.attention
-        batch, _, tokens, _ = self.new["query"].shape
-        return AttentionProblem(
-            *(TYPES[a.dtype], batch, tokens, a.query_heads, a.kv_heads, a.head_size, a.value_size),
-            *(a.sinks, a.window, a.scale, a.softcap, FORMATS[a.format], a.recent),
-            *(a.groups(a.head_size), a.groups(a.value_size), a.angles, a.rotated),
-        )
-
-
-@dataclass(frozen=True)
 class AttentionKernels:
     """The kernels of a built library, where they differ those of Hopper's warpgroups or of all GPUs."""
 
@@ -214,13 +181,10 @@ class AttentionKernels:
         """Whether library and GPU have kernels of warpgroups."""
         return bool(self.library.attention_has_warpgroups())
 
-    def takes_warpgroups(self, call: Call) -> bool:
+    def takes_warpgroups(self, call: Call[Attention]) -> bool:
         """Whether this call has a kernel of warpgroups here."""
         return bool(self.library.attention_takes_warpgroups(ctypes.byref(call.problem)))
 
-    def prepare(self, call: Call) -> Launch:
+    def prepare(self, call: Call[Attention]) -> Launch:
         """Bind the kernels to a call and a new output, which is poisoned."""
-        tensors = call.new | call.others | {"past_length": call.past_length, "new_length": call.new_length}
-        tensors["decay"] = call.attention.slopes(call.past_length.device)
-        choice = ctypes.c_int(self.on_warpgroups)
-        return prepare(self.library, ATTENTION, call.problem, tensors, call.cache, choice)
+        return prepare(self.library, ATTENTION, call, ctypes.c_int(self.on_warpgroups))

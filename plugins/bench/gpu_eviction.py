@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from gpu_calls import EVICTION, TYPES, Launch, prepare
+from gpu_calls import EVICTION, Call, Launch, Sizes, prepare
 from structures import POLICIES, EvictionProblem
 
 Tensor = torch.Tensor
@@ -17,38 +17,21 @@ AROUND = 2  # tokens on each side that share a score (snapkv)
 
 
 @dataclass(frozen=True)
-class Evicting:
+class Evicting(Sizes):
     """Sizes and numbers of one operator."""
 
     policy: str = "heavy-hitter"
-    head_size: int = 128
-    value_size: int = 128
-    kv_heads: int = 8
-    repeat: int = 4
-    sinks: int = 4
-    window: int = 4092
     recent: int = 128
     context: int = 131072
     forget: float = 1.0
     observe: int = 32
-    softcap: float = 0.0
-    decay: float = 0.0
-    dtype: torch.dtype = torch.float16
 
-    @property
-    def query_heads(self) -> int:
-        """Query heads in all."""
-        return self.kv_heads * self.repeat
-
-    @property
-    def scale(self) -> float:
-        """The usual factor of logits."""
-        return self.head_size**-0.5
-
-    def slopes(self, device: torch.device) -> Tensor:
-        """Return the decay of each query head, none for the first."""
-        heads = self.query_heads
-        return self.decay * torch.arange(heads, device=device, dtype=torch.float32) / max(heads - 1, 1)
+    def problem(self, batch: int, tokens: int) -> EvictionProblem:
+        """Return what the kernels are told of a call's sizes."""
+        return EvictionProblem(
+            *self.numbers(batch, tokens),
+            *(POLICIES[self.policy], self.recent, self.context, self.observe, self.forget),
+        )
 
     def cache(self, batch: int, device: torch.device) -> dict[str, Tensor]:
         """Return an empty cache, in the order of the operator's inputs."""
@@ -70,28 +53,6 @@ class Evicting:
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call: new tensors [B, heads, S, size], lengths [B], and the cache, which it updates."""
-
-    evicting: Evicting
-    new: dict[str, Tensor]
-    past_length: Tensor
-    new_length: Tensor
-    cache: dict[str, Tensor]
-
-    @property
-    def problem(self) -> EvictionProblem:
-        """What the kernels are told of sizes."""
-        e = self.evicting
-        batch, _, tokens, _ = self.new["query"].shape
-        return EvictionProblem(
-            *(TYPES[e.dtype], batch, tokens, e.query_heads, e.kv_heads, e.head_size, e.value_size),
-            *(e.sinks, e.window, e.scale, e.softcap),
-            *(POLICIES[e.policy], e.recent, e.context, e.observe, e.forget),
-        )
-
-
-@dataclass(frozen=True)
 class Expected:
     """What one key head of one row computes, in float64, from the cache before the call.
 
@@ -107,9 +68,9 @@ class Expected:
     worth: Tensor
 
 
-def expected(call: Call, row: int, head: int) -> Expected:
+def expected(call: Call[Evicting], row: int, head: int) -> Expected:
     """Compute one key head of one row by dense algebra."""
-    e, device = call.evicting, call.past_length.device
+    e, device = call.sizes, call.past_length.device
     past, count = int(call.past_length[row]), int(call.new_length[row])
     group = slice(head * e.repeat, (head + 1) * e.repeat)
     fresh = {name: t[row, :, :count] for name, t in call.new.items()}
@@ -164,9 +125,9 @@ def _bounded(evicting: Evicting, query: Tensor, key: Tensor) -> Tensor:
     return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
 
-def _scores(call: Call, row: int, drawn: Tensor, fresh: Tensor) -> Tensor:
+def _scores(call: Call[Evicting], row: int, drawn: Tensor, fresh: Tensor) -> Tensor:
     """Return the scores that a call gives: drawn [N, T] are weights, the first `fresh` tokens the call's."""
-    e, count = call.evicting, int(call.new_length[row])
+    e, count = call.sizes, int(call.new_length[row])
     age = torch.arange(count - 1, -1, -1, device=drawn.device, dtype=torch.float64)
     if e.policy == "heavy-hitter":
         return (e.forget**age) @ drawn
@@ -185,8 +146,6 @@ class EvictionKernels:
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
 
-    def prepare(self, call: Call) -> Launch:
+    def prepare(self, call: Call[Evicting]) -> Launch:
         """Bind the kernels to a call and a new output, which is poisoned."""
-        tensors = call.new | {"past_length": call.past_length, "new_length": call.new_length}
-        tensors["decay"] = call.evicting.slopes(call.past_length.device)
-        return prepare(self._library, EVICTION, call.problem, tensors, call.cache)
+        return prepare(self._library, EVICTION, call)

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from emulated_attention import EmulatedAttention
-from gpu_attention import Attention, Call
-from gpu_calls import Launch
+from gpu_attention import Attention
+from gpu_calls import Call, Launch
 from structures import NEW
 
 from rotexport.streaming.oracle import visible
@@ -37,12 +37,12 @@ class OnEmulator:
         self.kernels = EmulatedAttention(emulated / "librotexport_emulated_kernels.so")
         self.spoil = spoil
 
-    def prepare(self, call: Call) -> Launch:
+    def prepare(self, call: Call[Attention]) -> Launch:
         arrays = {name: to_numpy(tensor) for name, tensor in (call.new | call.others).items()}
         lengths = (
             to_numpy(call.past_length),
             to_numpy(call.new_length),
-            to_numpy(call.attention.slopes(CPU)),
+            to_numpy(call.sizes.slopes(CPU)),
         )
         cache = {name: to_numpy(tensor) for name, tensor in call.cache.items()}
         output, updated = self.kernels.run(

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from emulated_eviction import EmulatedEviction
-from gpu_calls import Launch
-from gpu_eviction import Call, Evicting
+from gpu_calls import Call, Launch
+from gpu_eviction import Evicting
 
 CPU = torch.device("cpu")
 SMALL = Evicting(
@@ -34,9 +34,9 @@ class OnEmulator:
         self.kernels = EmulatedEviction(emulated / "librotexport_emulated_kernels.so")
         self.spoil = spoil
 
-    def prepare(self, call: Call) -> Launch:
+    def prepare(self, call: Call[Evicting]) -> Launch:
         arrays = {name: to_numpy(tensor) for name, tensor in call.new.items()}
-        lengths = (to_numpy(call.past_length), to_numpy(call.new_length), to_numpy(call.evicting.slopes(CPU)))
+        lengths = (to_numpy(call.past_length), to_numpy(call.new_length), to_numpy(call.sizes.slopes(CPU)))
         cache = {name: to_numpy(tensor) for name, tensor in call.cache.items()}
         output, updated = self.kernels.run(
             call.problem, emulated_attention.Call(*arrays.values(), *lengths, cache)
