@@ -6,6 +6,7 @@
 
 #include "host/expressions.h"
 #include "host/memory.h"
+#include "tensorrt/resource_context.h"
 
 namespace host {
 namespace {
@@ -21,16 +22,6 @@ using PluginPointer = std::unique_ptr<nvinfer1::IPluginV3>;
 
 constexpr DataType kPluginTypes[] = {DataType::kFLOAT, DataType::kHALF, DataType::kINT8,
                                      DataType::kINT32, DataType::kBF16, DataType::kINT64};
-
-class Context : public nvinfer1::IPluginResourceContext {
- public:
-  explicit Context(nvinfer1::IErrorRecorder* recorder) : recorder_(recorder) {}
-  nvinfer1::IGpuAllocator* getGpuAllocator() const noexcept override { return nullptr; }
-  nvinfer1::IErrorRecorder* getErrorRecorder() const noexcept override { return recorder_; }
-
- private:
-  nvinfer1::IErrorRecorder* recorder_;
-};
 
 // Field collections that own what they point to.
 class Collection {
@@ -109,7 +100,7 @@ PluginPointer create(Library& library, const std::string& name, const Collection
 }
 
 // Attached to nothing a plugin has no recorder; TensorRT builds with an attached one too.
-PluginPointer attach(Library& library, nvinfer1::IPluginV3& plugin, Context& context) {
+PluginPointer attach(Library& library, nvinfer1::IPluginV3& plugin, rotexport::ResourceContext& context) {
   PluginPointer attached(runtime_of(plugin).attachToContext(&context));
   require(library, attached != nullptr, "attachToContext");
   return attached;
@@ -323,7 +314,7 @@ std::string Library::creators() const {
 
 std::vector<Tensor> live(Library& library, const Request& request) {
   library.messages().clear();
-  Context context(&library.messages());
+  rotexport::ResourceContext context(&library.messages());
   const Collection fields(request.fields);
   PluginPointer created = create(library, request.plugin, fields, TensorRTPhase::kBUILD);
   PluginPointer built = attach(library, *created, context);

@@ -8,6 +8,7 @@
 
 #include "tensorrt/library.h"
 #include "tensorrt/plugin.h"
+#include "tensorrt/resource_context.h"
 
 namespace rotexport {
 namespace {
@@ -54,16 +55,6 @@ class Complaint : public nvinfer1::ILogger, public nvinfer1::ILoggerFinder, publ
 
  private:
   std::string text_;
-};
-
-class Context : public nvinfer1::IPluginResourceContext {
- public:
-  explicit Context(nvinfer1::IErrorRecorder* recorder) : recorder_(recorder) {}
-  nvinfer1::IGpuAllocator* getGpuAllocator() const noexcept override { return nullptr; }
-  nvinfer1::IErrorRecorder* getErrorRecorder() const noexcept override { return recorder_; }
-
- private:
-  nvinfer1::IErrorRecorder* recorder_;
 };
 
 nvinfer1::IPluginCreatorV3One* find_creator(const char* name) {
@@ -121,7 +112,7 @@ bool judge(const char* plugin, const std::vector<nvinfer1::PluginField>& fields,
   if (!created) return false;
   auto* runtime = static_cast<nvinfer1::IPluginV3OneRuntime*>(
       created->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
-  Context context(&complaint);
+  ResourceContext context(&complaint);
   const std::unique_ptr<nvinfer1::IPluginV3> attached(runtime->attachToContext(&context));
   if (!attached) return false;
   auto* build = static_cast<nvinfer1::IPluginV3OneBuildV2*>(
