@@ -8,13 +8,13 @@
 // writes them with their maxima for the launch that combines all parts.
 #pragma once
 
-#include "kernels/attention_decode_widen.h"
+#include "kernels/attention_decode_sums.h"
 
 namespace sink_window_attention {
 
 template <class Traits>
-class Decode : DecodeWiden<Traits> {
-  using Tiles = DecodeWiden<Traits>;
+class Decode : DecodeSums<Traits> {
+  using Tiles = DecodeSums<Traits>;
   using typename Tiles::Chunk;
   using typename Tiles::Element;
 
@@ -50,29 +50,30 @@ class Decode : DecodeWiden<Traits> {
       device::warp_barrier();  // before the next copy to this stage
     }
     device::copy_async_wait<0>();
-    merge();
+    Tiles::merge();
   }
 
  private:
   using Tiles::cache_head;
   using Tiles::end_tile_;
   using Tiles::facts_;
-  using Tiles::facts_end;
   using Tiles::first_row;
   using Tiles::first_tile;
   using Tiles::g_;
   using Tiles::lane;
   using Tiles::last_query_;
+  using Tiles::maximum_;
   using Tiles::operands_;
+  using Tiles::output_;
   using Tiles::part_of;
   using Tiles::pick_scales;
   using Tiles::queries_;
   using Tiles::range;
   using Tiles::row_;
+  using Tiles::shrink;
   using Tiles::split;
-  using Tiles::stage_offset;
-  using Tiles::stages_;
   using Tiles::start_copy;
+  using Tiles::sum_;
   using Tiles::warp;
 
   ROTEXPORT_DEVICE void prepare(int first_token) {
@@ -81,13 +82,7 @@ class Decode : DecodeWiden<Traits> {
       facts_.store(lane(), facts_of(g_, operands_.decay, row_.past, cache_head(), first_row() + lane()));
     }
     device::warp_barrier();
-    ROTEXPORT_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      maximum_[r] = kHidden;
-      sum_[r] = 0;
-    }
-    ROTEXPORT_UNROLL
-    for (int i = 0; i < Traits::kSize / 8 * 4; ++i) output_[i / 4][i % 4] = 0;
+    Tiles::start();
   }
 
   // Index of one of the block's rows among all queries: rows behind the last one repeat it.
@@ -241,15 +236,6 @@ class Decode : DecodeWiden<Traits> {
     }
   }
 
-  ROTEXPORT_DEVICE void shrink(int half, float factor) {
-    sum_[half] *= factor;
-    ROTEXPORT_UNROLL
-    for (int n = 0; n < Traits::kSize / 8; ++n) {
-      output_[n][2 * half] *= factor;
-      output_[n][2 * half + 1] *= factor;
-    }
-  }
-
   template <Format kFormat>
   ROTEXPORT_DEVICE void multiply_values(int stage, int slice) {
     uint32_t weights[4];
@@ -275,71 +261,8 @@ class Decode : DecodeWiden<Traits> {
     }
   }
 
-  // Sums over the block's warps, in their order.
-  ROTEXPORT_DEVICE void merge() {
-    const device::Shared<float> own(stage_offset());
-    const device::Shared<float> weights(facts_end());
-    ROTEXPORT_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int row = 8 * half + lane() / 4;
-      const float sum = sum_of_quad(sum_[half]);
-      if (lane() % 4 == 0) {
-        weights.store((warp() * kDecodeRows + row) * 2, Vector<float, 2>{{maximum_[half], sum}});
-      }
-      ROTEXPORT_UNROLL
-      for (int i = 0; i < 4 * Traits::kColumns; ++i) {
-        const int v = i / 4;
-        const int e = i / 2 % 2;
-        const int n = 8 * v + i % 2 * 4;
-        const int column = 64 * v + 8 * (lane() % 4 * 2 + e) + i % 2 * 4;
-        own.store(row * Traits::kSize + column,
-                  Vector<float, 4>{{output_[n][2 * half + e], output_[n + 1][2 * half + e],
-                                    output_[n + 2][2 * half + e], output_[n + 3][2 * half + e]}});
-      }
-    }
-    device::barrier();
-    const int rows = g_.tokens * g_.repeat;
-    for (int i = static_cast<int>(device::thread_index()); i < kDecodeRows * Traits::kSize / 4;
-         i += Traits::kThreads) {
-      const int row = i / (Traits::kSize / 4);
-      const int column = i % (Traits::kSize / 4) * 4;
-      if (first_row() + row < rows && column < g_.value_size) write_sums(weights, row, column);
-    }
-  }
-
-  ROTEXPORT_DEVICE void write_sums(const device::Shared<float>& weights, int row, int column) const {
-    float maximum = kHidden;
-    ROTEXPORT_UNROLL
-    for (int w = 0; w < Traits::kWarps; ++w) {
-      maximum = larger(maximum, weights.template load<float>((w * kDecodeRows + row) * 2));
-    }
-    float total = 0;
-    Vector<float, 4> sums = {};
-    ROTEXPORT_UNROLL
-    for (int w = 0; w < Traits::kWarps; ++w) {
-      const auto weight = weights.template load<Vector<float, 2>>((w * kDecodeRows + row) * 2);
-      const float factor = device::exp2(weight.values[0] - reference_of(maximum));
-      total += weight.values[1] * factor;
-      const device::Shared<float> part(w * Traits::kStages * static_cast<unsigned>(g_.stage_bytes));
-      const auto values = part.template load<Vector<float, 4>>(row * Traits::kSize + column);
-      ROTEXPORT_UNROLL
-      for (int i = 0; i < 4; ++i) sums.values[i] += values.values[i] * factor;
-    }
-    const int64_t index =
-        (int64_t{cache_head()} * g_.tokens * g_.repeat + first_row() + row) * g_.splits + split();
-    device::Global<float>(operands_.parts.sums).from(index * g_.value_size).store(column, sums);
-    if (column == 0) {
-      device::Global<float>(operands_.parts.weights)
-          .from(index * 2)
-          .store(0, Vector<float, 2>{{maximum, total}});
-    }
-  }
-
-  float maximum_[2];
-  float sum_[2];
   uint32_t query_[Traits::kQueriesShared ? 1 : Traits::kUnits][2][4];
   float products_[2][4];
-  float output_[Traits::kSize / 8][4];
 };
 
 template <class Traits>
