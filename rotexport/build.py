@@ -315,11 +315,11 @@ def _calibrate(prepared: Prepared, scratch: Scratch, kept: Path, steps: Steps) -
     if not recipe.correct_head.enabled:
         return Calibrated(statistics, key_means, solved)
     with stages("correct head") as stage:
-        seen = spread(windows, recipe.correct_head.windows)
-        head = head_correction(
-            steps.network(statistics), solved, seen, recipe.correct_head.ridge, stage.advance
-        )
-    return Calibrated(statistics, key_means, solved, head)
+        correct = recipe.correct_head
+        seen, network = spread(windows, correct.windows), steps.network(statistics)
+        head = head_correction(network, solved, seen, correct.ridge, stage.advance)
+    found.notes.append(head.note)
+    return Calibrated(statistics, key_means, solved, head.matrix)
 
 
 def _refuse(output: OutputDirectory, proof: Proof) -> None:

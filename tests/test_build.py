@@ -108,6 +108,17 @@ def test_weights_chosen_on_text_are_reported_and_better_than_rounded_ones(
     assert "What quantized weights leave as error" in (tmp_path / "chosen" / "report.html").read_text()
 
 
+def test_a_corrected_head_brings_the_network_nearer_the_float_one(llama, tmp_path: Path) -> None:
+    divergence = {}
+    for windows in (0, 64):
+        settings = [f"correct_head.windows={windows}", "calibration_windows=64"]
+        report = rotexport.build(llama, tmp_path / str(windows), load_recipe("quarot-w4a8", settings))
+        assert report.proof is not None
+        divergence[windows] = report.proof.comparison.kl
+        assert any("head corrected" in note for note in report.notes) == (windows > 0)
+    assert divergence[64] < divergence[0]
+
+
 def test_mixed_precision_keeps_the_worst_sites_wider(llama, tmp_path: Path) -> None:
     recipe = replace(load_recipe("quarot-w4a8"), mixed=MixedScheme("int8", 1.2))
     report = rotexport.build(llama, tmp_path / "out", recipe)

@@ -42,17 +42,20 @@ def head_inputs(network: Network, windows, *, quantized: bool) -> np.ndarray:
 def test_it_is_the_ridge_regression_of_the_float_states_on_the_quantized_ones() -> None:
     network, ridge = network_of(INT4), 0.05
     inputs, wanted = (head_inputs(network, WINDOWS, quantized=flag) for flag in (True, False))
-    matrix = head_correction(network, {}, WINDOWS, ridge)
+    found = head_correction(network, {}, WINDOWS, ridge)
     # |x̂ (I + D) - x|² + λ |D|² as one least-squares problem, its penalty as rows of their own.
     weight = np.sqrt(ridge * np.mean(np.sum(inputs**2, 0)))
     rows = np.concatenate([inputs, weight * np.eye(64)])
     change = np.linalg.lstsq(rows, np.concatenate([wanted - inputs, np.zeros((64, 64))]), rcond=None)[0]
-    np.testing.assert_allclose(matrix, np.eye(64) + change, atol=2e-5)  # sums of a batch are in float32
+    expected = np.eye(64) + change
+    np.testing.assert_allclose(found.matrix, expected, atol=2e-5)  # sums of a batch are in float32
+    errors = [np.square(inputs @ m - wanted).sum() / np.square(wanted).sum() for m in (np.eye(64), expected)]
+    np.testing.assert_allclose([found.before, found.after], errors, rtol=1e-3)
 
 
 def test_logits_come_nearer_the_float_networks_on_other_text() -> None:
     network = network_of(INT4)
-    matrix = head_correction(network, {}, WINDOWS[:10], 0.1)
+    matrix = head_correction(network, {}, WINDOWS[:10], 0.1).matrix
     inputs, wanted = (head_inputs(network, WINDOWS[10:], quantized=flag) for flag in (True, False))
     head = weight_of(next(site for site in linears(network.graph) if site.role == "head").weight).read()
     errors = [np.square((inputs @ change - wanted) @ head).sum() for change in (np.eye(64), matrix)]
@@ -61,4 +64,5 @@ def test_logits_come_nearer_the_float_networks_on_other_text() -> None:
 
 def test_a_network_without_error_keeps_its_head() -> None:
     network = network_of({"dtype": "fp32"})
-    np.testing.assert_allclose(head_correction(network, {}, WINDOWS[:2], 0.1), np.eye(64), atol=1e-6)
+    found = head_correction(network, {}, WINDOWS[:2], 0.1)
+    np.testing.assert_allclose(found.matrix, np.eye(64), atol=1e-6)
