@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import quantized_linear as bench
 import torch
-from emulated_linear import MESSAGE, LinearOperands
+from c_calls import call
+from emulated_linear import LinearOperands
 from gpu_linear import OPERANDS, Launch, Linear, Operands
 
 CPU = torch.device("cpu")
@@ -30,17 +31,14 @@ class OnEmulator:
         tensors = {name: tensor.contiguous() for name, tensor in operands.packed().items()}
         packed = LinearOperands(**{name: tensor.data_ptr() for name, tensor in tensors.items()})
         y = np.empty((linear.rows, linear.outputs), NUMPY[linear.dtype])
-        message = ctypes.create_string_buffer(MESSAGE)
-        failed = self.library.emulated_quantized_linear(
+        call(
+            self.library.emulated_quantized_linear,
             ctypes.byref(linear.problem()),
             1,
             ctypes.byref(packed),
             ctypes.c_void_p(y.ctypes.data),
             ctypes.c_uint64(0),
-            message,
-            ctypes.c_size_t(MESSAGE),
         )
-        assert not failed, message.value
         values = torch.from_numpy(y.astype(np.float32))
         values[0, 0] += self.spoil
         return Launch(values.to(linear.dtype), lambda: None)
