@@ -56,7 +56,7 @@ class GptqMethod:
     output: the best real weight for that, W + (H + λI)⁻¹ (C - H) W with C = E[x̂ᵀx], takes W's place. H and C
     are estimates: without a ridge λ of H's own magnitude the aim follows the noise of a few windows, and is
     worse on other text than the weight. Without feedback, activations stay float while collecting, as in
-    QuaRot. Errors of products that join the residual stream count relative to it, token by token.
+    QuaRot. Errors of products that join the residual stream count the less, the larger it is at their token.
     """
 
     settings: GptqSettings
@@ -111,6 +111,8 @@ class GptqMethod:
     ) -> Tensor | None:
         """Return what squared errors of a site's product count, [windows, tokens]; None: all alike.
 
+        It is the inverse of the stream's root mean square, halfway between absolute errors, of which a few
+        massive tokens are most, and relative ones, which would forget that all others attend to those.
         Attention joins the stream as it entered the block; what a down projection makes is judged beside its
         own result, since it may be what makes a token massive.
         """
@@ -120,7 +122,7 @@ class GptqMethod:
         stream, output = entering, task.block.block.output
         if role == "down":
             stream = task.block.run(exact, [output], restored)[output]
-        return stream.square().mean(-1).clamp_min(SMALLEST_POWER).reciprocal()
+        return stream.square().mean(-1).clamp_min(SMALLEST_POWER).rsqrt()
 
     def _together(
         self, site: SitePlan, weights: dict[str, Array], moments: Moments

@@ -58,8 +58,8 @@ class GptqSettings:
     falling second moment. `sweeps` counts rounds of coordinate descent with refitted scales afterwards.
     `feedback` aims at the float network's outputs from the quantized network's inputs, instead of at the
     float weight; `ridge` times that mean keeps the aim near the weight where text does not tell it better.
-    `relative` counts errors of what joins the residual stream relative to the stream's magnitude at their
-    token, by which the next norm divides them; otherwise a few massive tokens are most of H.
+    `relative` divides squared errors of what joins the residual stream by the stream's magnitude at their
+    token, since the next norm will; otherwise a few massive tokens are most of H.
     Updates reach beyond `block` rows once per block, which changes speed only. `windows` of the calibration
     windows, evenly spread, are looked at; None is all.
     """
