@@ -222,18 +222,24 @@ class _Runner:
         return self.folder / f"block-{block.index}.npz"
 
 
-def quantized_weights(
+def chosen_tensors(
     network: Network, solved: Mapping[str, WeightQuantizer], block: TorchBlock
-) -> dict[str, Tensor]:
-    """Return what a block's planned weights [K, N] become: as `solved`, or as their schemes round them."""
+) -> dict[str, QuantizedTensor]:
+    """Return codes and scales of a block's planned weights: as `solved`, or as their schemes round them."""
     plan = {site.site: site for site in network.plan if site.weights.enabled}
     return {
-        name: torch.from_numpy(
-            dequantized((solved.get(name) or quantizer_of(plan[name])).quantize(weight.numpy()))
-        )
+        name: (solved.get(name) or quantizer_of(plan[name])).quantize(weight.numpy())
         for name, weight in block.weights.items()
         if name in plan
     }
+
+
+def quantized_weights(
+    network: Network, solved: Mapping[str, WeightQuantizer], block: TorchBlock
+) -> dict[str, Tensor]:
+    """Return what a block's planned weights [K, N] stand for once they are quantized."""
+    tensors = chosen_tensors(network, solved, block)
+    return {name: torch.from_numpy(dequantized(tensor)) for name, tensor in tensors.items()}
 
 
 def run_quantized(task: BlockTask, tensors: Mapping[str, QuantizedTensor]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from rotexport.blocks.calibration import BlockMethod, Network
+from rotexport.blocks.calibration import BlockMethod, Network, chosen_tensors
 from rotexport.blocks.gptq_blocks import GptqMethod
 from rotexport.blocks.split import split_blocks
 from rotexport.blocks.torch_block import TorchBlock
@@ -18,7 +18,6 @@ from rotexport.learning.distill import Teacher, distill
 from rotexport.learning.reconstruct import ReconstructMethod
 from rotexport.learning.student import Student, StudentSettings, make_student
 from rotexport.learning.training import Advance
-from rotexport.passes.quantize_weights import quantizer_of
 from rotexport.quant.formats import weight_format
 from rotexport.quant.plan import SitePlan
 from rotexport.quant.scales import WeightQuantizer
@@ -112,11 +111,7 @@ def _student(
     network: Network, block: TorchBlock, starts: Mapping[str, WeightQuantizer], kinds: StudentSettings
 ) -> Student:
     plan = {site.site: site for site in network.plan}
-    tensors = {
-        name: (starts.get(name) or quantizer_of(plan[name])).quantize(weight.numpy())
-        for name, weight in block.weights.items()
-        if plan[name].weights.enabled
-    }
+    tensors = chosen_tensors(network, starts, block)
     return make_student(block, plan, network.edits(block.block).attention, tensors, kinds)
 
 
