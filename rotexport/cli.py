@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,9 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status: 0, 1 after an error, 2 for wrong usage, 130 if interrupted."""
     options = parser().parse_args(arguments)
     _return_large_buffers()
-    signal.signal(signal.SIGTERM, _terminate)
     try:
-        status: int = options.verb(options)
+        with _interrupted_once():
+            status: int = options.verb(options)
     except RotexportError as error:
         print(f"rotexport: error: {error}", file=sys.stderr)
         return EXIT_ERROR
@@ -349,9 +350,22 @@ def _return_large_buffers() -> None:
         mallopt(M_MMAP_THRESHOLD, LARGE_BUFFER)
 
 
-def _terminate(number: int, frame: object) -> None:
-    """Unwind as Ctrl-C does, so that nothing half-written is left behind."""
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def _interrupted_once() -> Iterator[None]:
+    """Let SIGTERM unwind as Ctrl-C does, and let nothing disturb the clearing up that follows."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def interrupt(number: int, frame: object) -> None:
+        for each in signals:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = [signal.signal(each, interrupt) for each in signals]
+    try:
+        yield
+    finally:
+        for each, handler in zip(signals, before, strict=True):
+            signal.signal(each, handler)
 
 
 def _first_line() -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -47,22 +47,31 @@ class OutputDirectory:
 
     def __enter__(self) -> Path:
         self.check()
+        # Named before it exists: an interruption at any moment from here on finds what to remove.
+        self._work = self.path.with_name(f".{self.path.name}.partial-{secrets.token_hex(4)}")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._work = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.partial-", dir=self.path.parent))
-            self._work.chmod(0o755)  # mkdtemp's default keeps others out of the finished build
+            self._work.mkdir(parents=True)
         except OSError as error:
             raise OutputError(f"cannot write '{self.path}': {error.strerror}") from error
+        except BaseException:
+            self._discard()
+            raise
         return self._work
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._work is not None
-        if kind is None:
-            replace_directory(self._work, self.path)
-        else:
-            shutil.rmtree(self._work, ignore_errors=True)
+        try:
+            if kind is None:
+                replace_directory(self._work, self.path)
+        finally:
+            self._discard()
+
+    def _discard(self) -> None:
+        """Remove what is left of the unfinished build, if anything."""
+        assert self._work is not None
+        shutil.rmtree(self._work, ignore_errors=True)
 
     def keep_failed(self) -> Path:
         """Move what was built aside, for a person to look at, as `<output>.failed`; return where it is."""
@@ -107,14 +116,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def replace_directory(new: Path, final: Path) -> None:
-    """Move `new` to `final`, which is removed only after its name was freed."""
+    """Move `new` to `final`; what was there goes only afterwards, and is put back if `new` cannot come."""
+    old = final.with_name(f".{final.name}.old-{secrets.token_hex(4)}")
     try:
-        if final.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{final.name}.old-", dir=final.parent))
-            final.rename(old / "was")
+        try:
+            if final.exists():
+                final.rename(old)
             new.rename(final)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            new.rename(final)
+        except BaseException:
+            if old.exists() and not final.exists():
+                old.rename(final)
+            raise
+        finally:
+            if final.exists():
+                shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise OutputError(f"cannot move the build to '{final}': {error.strerror}") from error

@@ -173,13 +173,15 @@ def test_a_truncated_checkpoint_is_named(model: Path, tmp_path: Path, capsys) ->
     assert "model.safetensors" in error(capsys, "build", str(broken), "-o", str(tmp_path / "out"))
 
 
-def test_a_terminated_build_leaves_nothing(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("signals", [1, 3])
+def test_a_terminated_build_leaves_nothing(model: Path, tmp_path: Path, signals: int) -> None:
     command = [sys.executable, "-m", "rotexport", "build", str(model), "-o", str(tmp_path / "out")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("export:"):
-            process.terminate()
+            for _ in range(signals):
+                process.terminate()
             break
     assert "interrupted" in process.stderr.read()
     assert process.wait() == 130

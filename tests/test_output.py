@@ -27,6 +27,36 @@ def test_failure_and_interruption_leave_nothing(tmp_path: Path, error: type[Base
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interruption_while_the_directory_is_made_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    interrupt_after(monkeypatch, "mkdir")
+    with pytest.raises(KeyboardInterrupt), OutputDirectory(tmp_path / "out"):
+        pytest.fail("it was interrupted before")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_an_interrupted_replacement_leaves_one_of_both_builds(tmp_path: Path, monkeypatch, call: int) -> None:
+    finish(tmp_path / "out", "old")
+    interrupt_after(monkeypatch, "rename", call)
+    with pytest.raises(KeyboardInterrupt):
+        finish(tmp_path / "out", "new", force=True)
+    assert (tmp_path / "out" / "rotexport.json").read_text() == {1: "old", 2: "new"}[call]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, method: str, call: int = 1) -> None:
+    """Have the `call`-th call of a method of Path be interrupted when it has done its work."""
+    original, calls = getattr(Path, method), iter(range(1, 100))
+
+    def interrupted(*arguments, **keywords):
+        result = original(*arguments, **keywords)
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(Path, method, interrupted)
+
+
 def test_an_existing_output_is_refused_without_force_and_replaced_with_it(tmp_path: Path) -> None:
     finish(tmp_path / "out", "old")
     with pytest.raises(OutputError, match="--force"):
