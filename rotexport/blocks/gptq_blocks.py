@@ -3,7 +3,7 @@ the weights before it, already quantized, leave."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +15,9 @@ from rotexport.blocks.stream import Stream
 from rotexport.blocks.torch_block import NO_EDITS, Edit, Edits
 from rotexport.graph.weights import Array
 from rotexport.passes.quantize_weights import quantizer_of
-from rotexport.quant.formats import weight_format
+from rotexport.quant.formats import NumberFormat, weight_format
 from rotexport.quant.gptq import damped, descend, gptq, loss
-from rotexport.quant.grids import AsymmetricScales, FreeScales, Grid, IntegerFactors
+from rotexport.quant.grids import AsymmetricFactors, AsymmetricScales, FreeScales, Grid, IntegerFactors
 from rotexport.quant.plan import SitePlan, WeightForm
 from rotexport.quant.scales import QuantizedTensor
 from rotexport.quant.scheme import GptqSettings
@@ -98,31 +98,16 @@ class GptqMethod:
         quantizer = task.edits.inputs.get(group[0]) if self.settings.feedback else None
         moments = Moments.of(len(original[group[0]]))
         restored = _with_weights(original)
+        role = block.role_of[group[0]]
         for windows, exact, inexact in zip(task.inputs.batches(), *streams, strict=True):
             block.advance(exact, tensor, restored)
             block.advance(inexact, tensor, task.edits if self.settings.feedback else NO_EDITS)
             seen = inexact[tensor] if quantizer is None else quantizer(inexact[tensor])
-            importance = self._importance(task, group[0], task.float_inputs[windows], exact, restored)
+            importance = None
+            if self.settings.relative and role in JOINING:
+                importance = importance_of(*_joined(task, role, windows, (exact, inexact), restored))
             moments.add(seen, exact[tensor] if self.settings.feedback else None, importance)
         return moments
-
-    def _importance(
-        self, task: BlockTask, site: str, entering: Tensor, exact: dict[str, Tensor], restored: Edits
-    ) -> Tensor | None:
-        """Return what squared errors of a site's product count, [windows, tokens]; None: all alike.
-
-        It is the inverse of the stream's root mean square, halfway between absolute errors, of which a few
-        massive tokens are most, and relative ones, which would forget that all others attend to those.
-        Attention joins the stream as it entered the block; what a down projection makes is judged beside its
-        own result, since it may be what makes a token massive.
-        """
-        role = next(linear.role for linear in task.block.block.sites if linear.name == site)
-        if not self.settings.relative or role not in JOINING:
-            return None
-        stream, output = entering, task.block.block.output
-        if role == "down":
-            stream = task.block.run(exact, [output], restored)[output]
-        return stream.square().mean(-1).clamp_min(SMALLEST_POWER).rsqrt()
 
     def _together(
         self, site: SitePlan, weights: dict[str, Array], moments: Moments
@@ -156,6 +141,33 @@ class GptqMethod:
         for windows, reached in zip(outputs.batches(), values, strict=True):
             task.block.advance(reached, task.block.block.output, edits)
             outputs[windows] = reached.pop(task.block.block.output)
+
+
+def _joined(
+    task: BlockTask, role: str, windows: slice, networks: tuple[dict[str, Tensor], ...], restored: Edits
+) -> tuple[Tensor, ...]:
+    """Return the residual streams [windows, tokens, D] beside which a product's errors are judged.
+
+    Attention joins the stream as it entered the block. What a down projection makes is judged beside its own
+    result, by the float weight, since it may be what makes a token massive.
+    """
+    if role != "down":
+        return task.float_inputs[windows], task.inputs[windows]
+    output = task.block.block.output
+    results = tuple(task.block.run(values, [output], restored)[output] for values in networks)
+    networks[0][output] = results[0]  # is what the float network leaves behind
+    return results
+
+
+def importance_of(exact: Tensor, inexact: Tensor) -> Tensor:
+    """Return what squared errors of a product that joins the stream count, by token [windows, tokens].
+
+    It is the inverse of the stream's root mean square, halfway between absolute errors, of which a few
+    massive tokens are most, and relative ones, which would forget that all others attend to those. The larger
+    of both networks' counts: a token that is massive in the quantized one alone would outweigh all others.
+    """
+    power = torch.maximum(exact.square().mean(-1), inexact.square().mean(-1))
+    return power.clamp_min(SMALLEST_POWER).rsqrt()
 
 
 def best_real(weight: Array, hessian: Array, moments: Moments) -> Array:
@@ -199,7 +211,11 @@ def _apart(tensor: QuantizedTensor, weights: Mapping[str, Array]) -> dict[str, Q
 def _grid(site: SitePlan, weight: Array) -> Grid:
     scheme = site.weights
     number_format = weight_format(scheme.format, scheme.symmetric)
-    if not scheme.symmetric:
-        return AsymmetricScales(number_format, weight, site.weight_group)
-    kind = IntegerFactors if site.form is WeightForm.TWO_LEVEL else FreeScales
+    kinds: dict[tuple[bool, bool], Callable[[NumberFormat, Array, int], Grid]] = {
+        (True, False): FreeScales,
+        (True, True): IntegerFactors,
+        (False, False): AsymmetricScales,
+        (False, True): AsymmetricFactors,
+    }
+    kind = kinds[scheme.symmetric, site.form is WeightForm.TWO_LEVEL]
     return kind(number_format, weight, site.weight_group)

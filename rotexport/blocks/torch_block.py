@@ -37,7 +37,8 @@ class TorchBlock:
     """A block with its weights in memory, as float32.
 
     `weights[site]` is [K, N] and may be replaced; `constants` are all, by name; `input_of[site]` names the
-    tensor that the site reads; `groups` are the sites that share an input, in order of evaluation.
+    tensor that the site reads, `role_of[site]` says what it is for; `groups` are the sites that share an
+    input, in order of evaluation.
     """
 
     def __init__(self, block: BlockGraph) -> None:
@@ -46,6 +47,7 @@ class TorchBlock:
         self._site_of = {id(site.node): site.name for site in block.sites}
         self.constants = self._evaluator.constants
         self.input_of = {site.name: site.input.name for site in block.sites}
+        self.role_of = {site.name: site.role for site in block.sites}
         self.weights = {site.name: self._evaluator.constants[site.weight.name] for site in block.sites}
         shared: dict[str, list[str]] = {}
         for site in block.sites:

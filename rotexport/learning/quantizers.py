@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rotexport.blocks.fake_quant import row_levels
 from rotexport.learning.lsq import lsq_gradient_factor, narrowed, round_clip, scale_gradient
 from rotexport.quant.formats import INT4, NumberFormat, activation_format
-from rotexport.quant.scales import LARGEST_FACTOR, QuantizedTensor
+from rotexport.quant.scales import QuantizedTensor, largest_factor
 from rotexport.quant.scheme import ActivationScheme
 
 KEPT_OFFSET = 0.25  # of a step: nearer its code's ends, a number would leave the code at the first noise
@@ -61,6 +61,8 @@ class LearnedWeight(nn.Module):  # type: ignore[misc]  # torch is Any here
         self.register_buffer("first_factor", factor)
         self.register_buffer("first_scale", channel if factor is None else channel * factor)
         self.register_buffer("zeros", None if start.zeros is None else _grouped(start.zeros, groups))
+        zeros = np.zeros((1, 1, 1), np.float32) if self.zeros is None else self.zeros.numpy()
+        self._largest_factor = torch.from_numpy(largest_factor(zeros, grid.format))
         self.channel = nn.Parameter(torch.zeros_like(channel))
         self.factor = None if factor is None else nn.Parameter(torch.zeros_like(factor))
         self.numbers = nn.Parameter(self._nearest(weight, start))
@@ -90,7 +92,7 @@ class LearnedWeight(nn.Module):  # type: ignore[misc]  # torch is Any here
         if self.factor is None or self.first_factor is None:
             return scale, None
         factor = self.first_factor * scale_gradient(self.factor, balance).exp()
-        return scale, round_clip(factor, 1, LARGEST_FACTOR)
+        return scale, round_clip(factor, torch.ones_like(self._largest_factor), self._largest_factor)
 
     def forward(self, weight: Tensor | None = None) -> Tensor:
         """Return the dequantized weight [K, N]; `weight` is what it replaces, and not read."""

@@ -25,7 +25,7 @@ graphs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -35,7 +35,7 @@ from rotexport.errors import GraphError
 from rotexport.graph.edit import drop_unused, producer
 from rotexport.graph.weights import Affine, InMemory, constant, weight_of
 from rotexport.passes.base import Pass, PassReport, Preserves
-from rotexport.passes.quantize_weights import narrow_product, requantized
+from rotexport.passes.quantize_weights import less_zero_points, narrow_product, requantized
 from rotexport.quant.calibrate import InputStatistics
 from rotexport.quant.emit import FLOAT, INT64, Emitter, float_type, insert
 from rotexport.quant.formats import (
@@ -45,6 +45,7 @@ from rotexport.quant.formats import (
     NumberFormat,
     activation_format,
 )
+from rotexport.quant.lazy import Part, QuantizedPart
 from rotexport.quant.plan import SitePlan, WeightForm, planned_nodes
 
 SMALLEST_SCALE: Final = 1e-10  # of a token: a row of zeros stays zero
@@ -275,15 +276,25 @@ def _group_weight(node: gs.Node, step: float) -> tuple[list[gs.Node], gs.Constan
     dequantize = reshape.inputs[0].inputs[0]
     codes, scales, *zeros = dequantize.inputs
     emitter = Emitter(codes.name)
-    if zeros:
+    if codes.dtype == INT4:  # a batched product of int4 does not build in TensorRT-RTX
+        values = emitter.dequantize("values", codes, emitter.number("unit", 1))
+        if zeros:
+            values = less_zero_points(emitter, values, _offsets(emitter, zeros[0]))
+        values = emitter.dequantize("operand", requantized(emitter, values), emitter.number("scale", 1))
+    elif zeros:
         units = emitter.lazy("units", InMemory(np.ones(scales.shape, np.float32)))
         values = emitter.dequantize("values", codes, units, zero=zeros[0], **dequantize.attrs)
     else:
         values = emitter.dequantize("values", codes, emitter.number("unit", 1))
-    if codes.dtype == INT4 and not zeros:  # a batched product of int4 does not build in TensorRT-RTX
-        values = emitter.dequantize("operand", requantized(emitter, values), emitter.number("scale", 1))
     node.inputs[1] = values
     return emitter.nodes, _times(scales, step)
+
+
+def _offsets(emitter: Emitter, zeros: gs.Constant) -> gs.Constant:
+    """Return what is added to codes in place of zero points."""
+    part = weight_of(zeros)
+    assert isinstance(part, QuantizedPart)
+    return emitter.lazy("offsets", replace(part, part=Part.OFFSETS))
 
 
 def _finish_grouped(emitter: Emitter, node: gs.Node, quantized: QuantizedInput, scales: gs.Constant) -> None:

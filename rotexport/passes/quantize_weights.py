@@ -10,7 +10,10 @@ TensorRT-RTX both run right, the latter as a low-precision kernel:
     grouped     Reshape(DQ(codes [K / g, g, N], scales, axis 1), [K, N]); `quantize_activations` turns it
                 into one integer product per group
 
-Asymmetric weights give every plain or grouped DQ a third input, their zero points; TensorRT refuses those.
+Asymmetric weights give every plain or grouped DQ a third input, their zero points, which TensorRT refuses. In
+the two-level form there are none: what they are worth, -zero * factor, is added to the integers
+
+    DQ(Q(Clip(Reshape(Add(DQ(codes [K / g, g, N], factors [K / g, 1, N], axis 1), offsets))), 1), scales [N])
 
 The Clip of the two-level form never acts; TensorRT-RTX 1.7 crashes without it. Where activations are
 quantized too, scales stay in float32 whatever the graph's float type: an int8 product scaled in fp16 would
@@ -84,9 +87,9 @@ def quantizer_of(site: SitePlan) -> WeightQuantizer:
 def _rounding(site: SitePlan) -> ScaledRounding | AsymmetricRounding:
     scheme, search = site.weights, site.weights.method != "rtn"
     number_format = weight_format(scheme.format, scheme.symmetric)
-    if not scheme.symmetric:
-        return AsymmetricRounding(number_format, site.weight_group, search)
     two_level = site.form is WeightForm.TWO_LEVEL
+    if not scheme.symmetric:
+        return AsymmetricRounding(number_format, site.weight_group, search, two_level)
     return ScaledRounding(number_format, site.weight_group, search, two_level)
 
 
@@ -109,14 +112,35 @@ class _Weight:
         groups, group = self.quantization.groups, self.site.weight_group
         if self.site.form is WeightForm.GROUPED:
             return self._grouped(inputs // self.site.product_group, self.site.product_group, outputs)
-        codes = self._part(Part.CODES, inputs, outputs)
         if self.site.form is WeightForm.TWO_LEVEL:
-            factors = self._part(Part.FACTORS, groups, outputs)
-            products = self.emitter.dequantize("products", codes, factors, axis=0, block_size=group)
-            return self._dequantize(requantized(self.emitter, products), (outputs,), axis=1)
+            integers = self._shifted() if not self.site.weights.symmetric else self._integers()
+            scales = self._part(Part.SCALES, outputs)
+            return self.emitter.dequantize("dequantized", requantized(self.emitter, integers), scales, axis=1)
+        codes = self._part(Part.CODES, inputs, outputs)
         if groups == 1:
             return self._dequantize(codes, (outputs,), axis=1)
         return self._dequantize(codes, (groups, outputs), axis=0, block_size=group)
+
+    def _integers(self) -> gs.Variable:
+        """Return codes times factors, [K, N]."""
+        inputs, outputs = self.quantization.source.shape
+        codes = self._part(Part.CODES, inputs, outputs)
+        factors = self._part(Part.FACTORS, self.quantization.groups, outputs)
+        group = self.site.weight_group
+        return self.emitter.dequantize("products", codes, factors, axis=0, block_size=group)
+
+    def _shifted(self) -> gs.Variable:
+        """Return codes less their zero points times factors, [K, N]."""
+        inputs, outputs = self.quantization.source.shape
+        groups, group = self.quantization.groups, self.site.weight_group
+        codes = self._part(Part.CODES, groups, group, outputs)
+        factors = self._part(Part.FACTORS, groups, 1, outputs)
+        products = self.emitter.dequantize("products", codes, factors, axis=1, block_size=group)
+        shifted = less_zero_points(self.emitter, products, self._part(Part.OFFSETS, groups, 1, outputs))
+        matrix = [inputs, outputs]
+        return self.emitter.emit(
+            "Reshape", "matrix", [shifted, self.emitter.integers("shape", matrix)], matrix
+        )
 
     def _grouped(self, count: int, length: int, outputs: int) -> gs.Variable:
         codes = self._part(Part.CODES, count, length, outputs)
@@ -158,3 +182,9 @@ def requantized(emitter: Emitter, integers: gs.Variable) -> gs.Variable:
     bounds = [emitter.number("lowest", -127), emitter.number("highest", 127)]
     clipped = emitter.emit("Clip", "clipped", [integers, *bounds], integers.shape)
     return emitter.quantize("integers", clipped, emitter.number("one", 1), ACTIVATION_FORMATS["int8"])
+
+
+def less_zero_points(emitter: Emitter, products: gs.Variable, offsets: gs.Constant) -> gs.Variable:
+    """Return integers [G, g, N] with int8 offsets added, which broadcast over the rows of a group."""
+    added = emitter.dequantize("offset", offsets, emitter.number("unit", 1))
+    return emitter.emit("Add", "shifted", [products, added], products.shape)

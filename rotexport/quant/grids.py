@@ -10,17 +10,19 @@ import numpy as np
 from rotexport.graph.weights import Array
 from rotexport.quant.formats import INT4, NumberFormat
 from rotexport.quant.scales import (
-    LARGEST_FACTOR,
     SEARCH_GRID,
     SMALLEST_SCALE,
+    AsymmetricRounding,
     QuantizedTensor,
     ScaledRounding,
+    largest_factor,
     max_scale,
     round_centered,
     spanning_levels,
 )
 
 FINENESS: Final = 2  # as many clipped ranges per group as a search without importance tries
+FACTORS: Final = 7  # of a group that a search tries beside its zero points
 LARGEST_CHANGE: Final = 2.0  # of a refitted scale: beyond it the least squares are ill-conditioned
 
 
@@ -143,12 +145,16 @@ class IntegerFactors(Grid):
 
     def __init__(self, number_format: NumberFormat, weight: Array, group: int) -> None:
         super().__init__(number_format, group)
-        start = ScaledRounding(number_format, group, search=True, two_level=True).quantize(weight)
+        start = self._start(weight)
         assert start.factors is not None
         self._channel, self._factors = start.scales[0], start.factors
 
+    def _start(self, weight: Array) -> QuantizedTensor:
+        return ScaledRounding(self.format, self.group, search=True, two_level=True).quantize(weight)
+
     def fit(self, index: int, rows: Array, importance: Array) -> None:
-        candidates = np.arange(1, LARGEST_FACTOR + 1, dtype=rows.dtype)[:, None] * self._channel
+        most = int(largest_factor(np.zeros(1, rows.dtype), self.format)[0])
+        candidates = np.arange(1, most + 1, dtype=rows.dtype)[:, None] * self._channel
         self._factors[index] = _best(rows, importance, candidates, self.format) / self._channel
         np.rint(self._factors[index], out=self._factors[index])
 
@@ -165,6 +171,45 @@ class IntegerFactors(Grid):
 
     def finish(self, codes: Array) -> QuantizedTensor:
         return QuantizedTensor(self.stored(codes), self._channel[None], self._factors)
+
+
+class AsymmetricFactors(IntegerFactors):
+    """A scale t[g, n] s[n] and a zero point per group, t so small that no code times t leaves int8."""
+
+    def _start(self, weight: Array) -> QuantizedTensor:
+        start = AsymmetricRounding(self.format, self.group, search=True, two_level=True).quantize(weight)
+        assert start.zeros is not None
+        self._zeros = start.zeros.astype(weight.dtype)
+        return start
+
+    def fit(self, index: int, rows: Array, importance: Array) -> None:
+        lowest, highest = self.format.lowest, self.format.highest
+        bottom, top = np.minimum(rows.min(axis=0), 0), np.maximum(rows.max(axis=0), 0)
+        whole = np.ceil((top - bottom) / ((highest - lowest) * self._channel))  # holds every row unclipped
+        least = np.full(rows.shape[1], np.inf, rows.dtype)
+        clips = np.linspace(1.0, SEARCH_GRID[self.format.name][0], FACTORS, dtype=rows.dtype)
+        for clip in clips:
+            factor = np.maximum(np.rint(whole * clip), 1)
+            scale = factor * self._channel
+            # The levels' middle lies at the middle of the range, which is clipped at both ends alike.
+            middle = (lowest + highest) / 2 - (bottom + top) / (2 * scale)
+            for zero in (np.floor(middle), np.ceil(middle)):
+                bounded = np.clip(zero, lowest, highest)
+                error = round_centered(rows / scale, bounded, self.format) * scale - rows
+                total = importance @ np.square(error)
+                better = (total < least) & (factor <= largest_factor(bounded, self.format))
+                least = np.where(better, total, least)
+                self._factors[index] = np.where(better, factor, self._factors[index])
+                self._zeros[index] = np.where(better, bounded, self._zeros[index])
+
+    def rounded(self, steps: Array, index: int) -> Array:
+        return round_centered(steps, self._zeros[index], self.format)
+
+    def finish(self, codes: Array) -> QuantizedTensor:
+        shifted = codes + np.repeat(self._zeros, self.group, axis=0)
+        return QuantizedTensor(
+            self.stored(shifted), self._channel[None], self._factors, self.stored(self._zeros)
+        )
 
 
 def _best(rows: Array, importance: Array, candidates: Array, number_format: NumberFormat) -> Array:

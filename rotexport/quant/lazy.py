@@ -20,6 +20,7 @@ class Part(Enum):
     SCALES = "scales"
     FACTORS = "factors"
     ZEROS = "zeros"
+    OFFSETS = "offsets"
 
 
 class Memo:
@@ -55,7 +56,7 @@ class Quantization:
 
 @dataclass(frozen=True)
 class QuantizedPart(Weight):
-    """Codes, scales, factors or zero points of a quantized weight, row-major in shape `viewed`."""
+    """One tensor of a quantized weight, row-major in shape `viewed`."""
 
     quantization: Quantization
     part: Part
@@ -69,6 +70,8 @@ class QuantizedPart(Weight):
     def dtype(self) -> np.dtype[Any]:
         if self.part in (Part.CODES, Part.ZEROS):
             return self.quantization.quantizer.format.storage
+        if self.part is Part.OFFSETS:
+            return np.dtype(np.int8)
         return np.dtype(np.float32)
 
     def read(self) -> Array:

@@ -97,7 +97,7 @@ class SitePlan:
         """
         if not self.weights.enabled or not self.activations.enabled or self.product_group == self.inputs:
             return WeightForm.PLAIN
-        small = self.weights.format == "int4" and self.weights.symmetric  # times a factor still within int8
+        small = self.weights.format == "int4"  # times a factor still within int8
         if self.activation_group == self.inputs and small:
             return WeightForm.TWO_LEVEL
         return WeightForm.GROUPED

@@ -8,6 +8,10 @@ shared by the elements w of one group, the squared error is least at s = <w, q> 
 With zero points the levels of a group reach from its least to its largest weight, zero included, so that
 the zero point is a code. With c = q - z all of the above holds for c, which lies between bounds that are the
 group's own: lowest - z and highest - z.
+
+Scales in two levels are t[g, n] s[n] with whole factors t (QServe, arXiv 2405.04532, section 4.1), of which
+none is so large that a code times it, c t, would leave int8: a product with integer activations needs one
+integer accumulation, whatever the number of groups.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ CHUNK_ELEMENTS: Final = 1 << 17  # of one column chunk: its few temporaries stay
 # (smallest clipped range, number of ranges) to try: more levels gain less from clipping.
 SEARCH_GRID: Final = {"int4": (0.5, 12), "int8": (0.8, 6), "fp8": (0.85, 4)}
 SMALLEST_SCALE: Final = 2.0**-23  # stays above zero in fp16, also when a search halves it
-LARGEST_FACTOR: Final = 15  # times code -8 is -120: inside int8
+LARGEST_INTEGER: Final = 127  # of a code times its factor
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +45,15 @@ class QuantizedTensor:
     scales: Array
     factors: Array | None = None
     zeros: Array | None = None
+
+    @property
+    def offsets(self) -> Array | None:
+        """What is added to codes, or in two levels to codes times factors, in place of zero points: int8."""
+        if self.zeros is None:
+            return None
+        zeros = self.zeros.astype(np.float32)
+        offsets: Array = -(zeros if self.factors is None else zeros * self.factors)
+        return offsets.astype(np.int8)
 
     def columns(self, part: slice) -> QuantizedTensor:
         """Return some output channels."""
@@ -68,12 +81,7 @@ class WeightQuantizer(Protocol):
 
 @dataclass(frozen=True)
 class ScaledRounding:
-    """Round to nearest; the scale of a group comes from its largest magnitude, or from a search.
-
-    With `two_level` the scale of group g and output channel n is t[g, n] * s[n] with an integer factor t of
-    at most 15, so that |code * t| <= 127: a product with integer activations needs one integer
-    accumulation, whatever the number of groups.
-    """
+    """Round to nearest; the scale of a group comes from its largest magnitude, or from a search."""
 
     format: NumberFormat
     group: int
@@ -90,8 +98,7 @@ class ScaledRounding:
         for columns, groups in _chunks(weight, self.group):
             scale = self._scale(groups, None if ratios is None else ratios[:, columns].T)
             if factors is not None:
-                factor = _integer_factors(scale)
-                channel = _channel_scale(groups, scale, factor, self.format)
+                factor, channel = _two_levels(groups, scale, np.zeros_like(scale), self.format)
                 scale = channel * factor
                 factors[:, columns], scales[:, columns] = factor.T, channel.T
             else:
@@ -114,21 +121,30 @@ class AsymmetricRounding:
     format: NumberFormat
     group: int
     search: bool
+    two_level: bool = False
 
     def quantize(self, weight: Array, ratios: Array | None = None) -> QuantizedTensor:
         """Quantize a float matrix [K, N]; `ratios` [K / group, N] of the ranges replace the search."""
         inputs, outputs = weight.shape
+        group_count = inputs // self.group
         codes = np.empty((inputs, outputs), np.int8)
-        scales = np.empty((inputs // self.group, outputs), np.float32)
-        zeros = np.empty(scales.shape, np.int8)
+        scales = np.empty((1 if self.two_level else group_count, outputs), np.float32)
+        factors = np.empty((group_count, outputs), np.float32) if self.two_level else None
+        zeros = np.empty((group_count, outputs), np.int8)
         for columns, groups in _chunks(weight, self.group):
             scale, zero = self._levels(groups, None if ratios is None else ratios[:, columns].T)
             scale = scale.astype(np.float32)
+            if factors is not None:
+                factor, channel = _two_levels(groups, scale, zero, self.format)
+                scale = channel * factor
+                factors[:, columns], scales[:, columns] = factor.T, channel.T
+            else:
+                scales[:, columns] = scale.T
             centered = round_centered(groups / scale[..., None], zero[..., None], self.format)
             codes[:, columns] = (centered + zero[..., None]).reshape(len(groups), inputs).T
-            scales[:, columns], zeros[:, columns] = scale.T, zero.T
+            zeros[:, columns] = zero.T
         storage = self.format.storage
-        return QuantizedTensor(codes.astype(storage, copy=False), scales, zeros=zeros.astype(storage))
+        return QuantizedTensor(codes.astype(storage, copy=False), scales, factors, zeros.astype(storage))
 
     def _levels(self, groups: Array, ratios: Array | None) -> tuple[Array, Array]:
         scale, zero = spanning_levels(groups, self.format, 1.0)
@@ -191,21 +207,27 @@ def _searched_scale(groups: Array, number_format: NumberFormat) -> Array:
     return widest * best
 
 
-def _integer_factors(scale: Array) -> Array:
-    """Return factors [n, G] of 1 to 15, the largest group of each channel taking 15."""
-    factors: Array = np.rint(scale * (LARGEST_FACTOR / scale.max(axis=-1, keepdims=True)))
-    np.maximum(factors, 1, out=factors)
-    return factors
+def _two_levels(groups: Array, scale: Array, zero: Array, number_format: NumberFormat) -> tuple[Array, Array]:
+    """Return whole factors [n, G], and channels' scales [n, 1], in place of scales with zero points [n, G].
+
+    The scale of a channel is that of least squared error for the codes that the rounded factors give.
+    """
+    largest = largest_factor(zero, number_format)
+    first = (scale / largest).max(axis=-1, keepdims=True)
+    factor: Array = np.clip(np.rint(scale / first), 1, largest)
+    codes = round_centered(groups / (first * factor)[..., None], zero[..., None], number_format)
+    integers = codes * factor[..., None]
+    along = _dot(groups, integers).sum(axis=-1, keepdims=True)
+    power = _dot(integers, integers).sum(axis=-1, keepdims=True)
+    channel: Array = np.where(along > 0, along / np.maximum(power, 1), first)
+    return factor, channel.astype(np.float32)
 
 
-def _channel_scale(groups: Array, scale: Array, factors: Array, number_format: NumberFormat) -> Array:
-    """Return the scales [n, 1] of least squared error for the codes that the rounded factors give."""
-    first = scale.max(axis=-1, keepdims=True) / LARGEST_FACTOR
-    codes = number_format.round(groups / (first * factors)[..., None]) * factors[..., None]
-    along = _dot(groups, codes).sum(axis=-1, keepdims=True)
-    power = _dot(codes, codes).sum(axis=-1, keepdims=True)
-    best: Array = np.where(along > 0, along / np.maximum(power, 1), first)
-    return best.astype(np.float32)
+def largest_factor(zero: Array, number_format: NumberFormat) -> Array:
+    """Return the largest factors with which no code, counted from its zero point, leaves int8."""
+    farthest = np.maximum(zero - number_format.lowest, number_format.highest - zero)
+    largest: Array = np.maximum(LARGEST_INTEGER // farthest, 1)
+    return largest
 
 
 def _dot(left: Array, right: Array) -> Array:

@@ -25,7 +25,8 @@ class WeightScheme:
     """How the matrix of a site is stored.
 
     `group` counts input channels that share a scale; None is one scale per output channel. Without
-    `symmetric` scales come with zero points, which ONNX Runtime alone runs. `method` is
+    `symmetric` scales come with zero points; TensorRT runs them for int4 in groups behind quantized
+    activations, where they are taken from the integers, and ONNX Runtime everywhere. `method` is
     "rtn" (scale from the largest magnitude), "search" (scale of least squared error) or "gptq" (least error
     of the layer's output on calibration text; outside blocks, as the head is, "search").
     """

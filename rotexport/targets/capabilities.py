@@ -54,6 +54,12 @@ class Demand:
     cache: CacheScheme
 
     @property
+    def integer_groups(self) -> bool:
+        """Whether weights reach their product as integers, from which zero points were taken before."""
+        grouped = self.weights.group is not None or self.activations.group is not None
+        return self.weights.format == "int4" and self.activations.enabled and grouped
+
+    @property
     def formats(self) -> tuple[str, str]:
         """The formats of the two factors of a product."""
         return self.weights.format, self.activations.format
@@ -76,9 +82,10 @@ def _int4_weight_only(demand: Demand) -> bool:
 ENGINE_RULES: Final = (
     Rule(
         "zero points",
-        lambda d: d.weights.enabled and not d.weights.symmetric,
+        lambda d: d.weights.enabled and not d.weights.symmetric and not d.integer_groups,
         _NOWHERE,
-        "its parser refuses them; set weights.symmetric to true, or use target onnx",
+        "its parser refuses them; set weights.symmetric to true, or use target onnx "
+        "(int4 weights in groups behind quantized activations need none)",
     ),
     Rule("bf16", lambda d: d.dtype == "bf16", _AMPERE, "the hardware has no bf16; use --dtype fp16"),
     Rule("fp32", lambda d: d.dtype == "fp32", _AMPERE, "the builder has no fp32 products; use --dtype fp16"),

@@ -10,7 +10,7 @@ import torch
 from support.tiny import tiny_model
 
 from rotexport.blocks.calibration import Network, quantized_weights, solve_blocks
-from rotexport.blocks.gptq_blocks import GptqMethod, Moments, best_real
+from rotexport.blocks.gptq_blocks import GptqMethod, Moments, best_real, importance_of
 from rotexport.blocks.split import split_blocks
 from rotexport.blocks.torch_block import TorchBlock
 from rotexport.checkpoint import open_checkpoint
@@ -140,6 +140,15 @@ def test_a_token_with_a_massive_stream_counts_less(tmp_path: Path) -> None:
                 inexact = block(inexact, context, network.edits(part))
         errors[relative] = float((inexact - exact)[others].square().sum())
     assert errors[True] < 0.98 * errors[False]  # two of seven products have a choice
+
+
+def test_a_token_that_is_massive_in_either_network_counts_less() -> None:
+    usual = torch.ones(1, 3, 4)
+    massive = usual * torch.tensor([1.0, 1000.0, 1.0])[:, None]
+    expected = torch.tensor([[1, 0.001, 1]])
+    torch.testing.assert_close(importance_of(massive, usual), expected)
+    torch.testing.assert_close(importance_of(usual, massive), expected)
+    assert importance_of(0 * usual, 0 * usual).isfinite().all()
 
 
 def test_every_site_reports_a_falling_loss(tmp_path: Path) -> None:

@@ -74,18 +74,25 @@ def test_export_reproduces_the_trained_forward_bit_for_bit(form: str, group: int
         assert set(np.unique(exported.factors)) <= set(range(1, 16))
 
 
-@pytest.mark.parametrize(("form", "group"), [("int4", 16), ("int4", 48), ("int8", 12)])
-def test_zero_points_stay_while_numbers_and_scales_learn(form: str, group: int) -> None:
+@pytest.mark.parametrize(
+    ("form", "group", "two_level"),
+    [("int4", 16, False), ("int4", 16, True), ("int4", 48, False), ("int8", 12, False)],
+)
+def test_zero_points_stay_while_numbers_and_scales_learn(form: str, group: int, two_level: bool) -> None:
     number_format = weight_format(form, symmetric=False)
     leaning = matrix() + 0.1
-    start = AsymmetricRounding(number_format, group, search=True).quantize(leaning.numpy())
+    start = AsymmetricRounding(number_format, group, True, two_level).quantize(leaning.numpy())
     weight = LearnedWeight(leaning, start, WeightGrid(number_format, group))
     np.testing.assert_array_equal(weight.export().codes, start.codes)
     exported = shaken(weight).export()
     assert (exported.codes.astype(int) != start.codes.astype(int)).any()
     np.testing.assert_array_equal(exported.zeros, start.zeros)
     steps = exported.codes.astype(np.float32) - np.repeat(exported.zeros.astype(np.float32), group, axis=0)
-    np.testing.assert_array_equal(steps * np.repeat(exported.scales, group, axis=0), weight().detach())
+    if two_level:
+        steps *= np.repeat(exported.factors, group, axis=0)
+        assert np.abs(steps).max() <= 127
+    scales = np.repeat(exported.scales, len(steps) // len(exported.scales), axis=0)
+    np.testing.assert_array_equal(steps * scales, weight().detach())
     weight.project()  # numbers outside the range of codes come back to its ends
     np.testing.assert_array_equal(weight.export().codes, exported.codes)
 

@@ -159,10 +159,18 @@ def test_scales_per_group_never_stay_in_one_dequantize_behind_quantized_activati
         product = next(node for node in graph.nodes if node.op == "MatMul")
         dequantize = product.inputs[1].inputs[0]
         assert dequantize.op == "DequantizeLinear"
-        if weights.symmetric:
+        if weights.symmetric or weights.format == "int4":
             assert "block_size" not in dequantize.attrs
         elif "block_size" in dequantize.attrs:  # zero points need blocks; the scales stay behind the product
             assert (weight_of(dequantize.inputs[1]).read() == 1).all()
+
+
+def test_int4_weights_in_groups_leave_no_zero_points():
+    for weights, activations in SCHEMES:
+        if weights.format == "int4" and (weights.group or activations.group):
+            graph, _ = linear()
+            quantize(graph, weights, activations)
+            assert all(len(node.inputs) == 2 for node in graph.nodes if node.op == "DequantizeLinear")
 
 
 @pytest.mark.parametrize("mode", ["static", "dynamic"])

@@ -97,6 +97,32 @@ def test_groups_behind_quantized_activations_become_two_level():
     assert np.abs(integers).max() <= 127.001
 
 
+@pytest.mark.parametrize("method", ["rtn", "search"])
+def test_zero_points_of_two_level_weights_are_offsets_of_their_integers(method):
+    graph, weight = linear()
+    weight += np.float32(0.5)  # in place: leaning to one side
+    QuantizeWeights([site(WeightScheme("int4", 8, symmetric=False, method=method), DYNAMIC)]).run(graph)
+    assert ops(graph) == [
+        "DequantizeLinear", "DequantizeLinear", "Add", "Reshape",
+        "Clip", "QuantizeLinear", "DequantizeLinear", "MatMul",
+    ]  # fmt: skip
+    assert all(len(node.inputs) == 2 for node in graph.nodes if node.op == "DequantizeLinear")
+    codes, factors = (weight_of(tensor).read() for tensor in graph.nodes[0].inputs)
+    offsets = weight_of(graph.nodes[1].inputs[0]).read()
+    scales = weight_of(graph.nodes[6].inputs[1]).read()
+    assert offsets.dtype == np.int8 and offsets.any() and scales.shape == (N,)
+    integers = codes.astype(np.float64) * factors + offsets
+    assert np.abs(integers).max() <= 127
+    assert np.array_equal(offsets / factors, np.rint(offsets / factors))  # a zero point is a code
+    eye = np.eye(K, dtype=np.float32)[None]
+    assert np.allclose(run(graph, x=eye)[0][0], integers.reshape(K, N) * scales, rtol=1e-6, atol=0)
+    symmetric, _ = linear()
+    symmetric.nodes[0].inputs[1].values += np.float32(0.5)
+    QuantizeWeights([site(WeightScheme("int4", 8, method=method), DYNAMIC)]).run(symmetric)
+    error, wider = (np.linalg.norm(run(which, x=eye)[0][0] - weight) for which in (graph, symmetric))
+    assert error < 0.9 * wider
+
+
 def test_the_grouped_form_means_the_same_as_blocked_weights():
     activations = ActivationScheme("int8", "dynamic", group=8)
     x = np.random.default_rng(0).standard_normal((1, 4, K)).astype(np.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from rotexport.errors import RecipeError
 from rotexport.quant.formats import weight_format
 from rotexport.quant.gptq import damped, descend, gptq, inverse_factor, loss
-from rotexport.quant.grids import AsymmetricScales, FreeScales, Grid, IntegerFactors
+from rotexport.quant.grids import AsymmetricFactors, AsymmetricScales, FreeScales, Grid, IntegerFactors
 from rotexport.quant.scales import AsymmetricRounding, ScaledRounding
 from rotexport.quant.scheme import GptqSettings
 
@@ -85,12 +87,20 @@ def test_the_factor_is_that_of_the_inverse(size: int, seed: int) -> None:
     np.testing.assert_allclose(upper.T @ upper @ hessian, np.eye(size), atol=1e-6)
 
 
-@pytest.mark.parametrize("two_level", [False, True])
+GRIDS = {
+    FreeScales: ScaledRounding,
+    IntegerFactors: partial(ScaledRounding, two_level=True),
+    AsymmetricScales: AsymmetricRounding,
+    AsymmetricFactors: partial(AsymmetricRounding, two_level=True),
+}
+
+
+@pytest.mark.parametrize("kind", GRIDS)
 @pytest.mark.parametrize("group", [16, 64])
-def test_every_step_lowers_the_loss(two_level: bool, group: int) -> None:
+def test_every_step_lowers_the_loss(kind: type[Grid], group: int) -> None:
     weight, hessian = problem(64, 48)
-    rounded = ScaledRounding(INT4, group, search=True, two_level=two_level).quantize(weight)
-    grid = (IntegerFactors if two_level else FreeScales)(INT4, weight, group)
+    rounded = GRIDS[kind](INT4, group, search=True).quantize(weight)
+    grid = kind(INT4, weight, group)
     codes = gptq(weight, hessian, grid, GptqSettings())
     after_gptq = loss(weight, dequantized(grid.finish(codes), group), hessian)
     codes = descend(weight, codes, hessian, grid, GptqSettings(sweeps=2))
@@ -105,7 +115,10 @@ def test_every_step_lowers_the_loss(two_level: bool, group: int) -> None:
 
 def dequantized(result, group: int) -> np.ndarray:
     scales = result.scales if result.factors is None else result.scales * result.factors
-    return result.codes.astype(np.float64) * np.repeat(scales, group, axis=0)
+    codes = result.codes.astype(np.float64)
+    if result.zeros is not None:
+        codes -= np.repeat(result.zeros.astype(np.float64), group, axis=0)
+    return codes * np.repeat(scales, group, axis=0)
 
 
 def fitted_levels(rows: np.ndarray, importance: np.ndarray) -> tuple[float, float]:
@@ -165,32 +178,39 @@ def test_with_zero_points_it_is_what_a_dense_solution_gives(order: str, inputs: 
     codes = gptq(weight, hessian, grid, GptqSettings(order=order, block=5))
     places = np.argsort(-hessian.diagonal(), kind="stable") if order == "activation" else np.arange(inputs)
     expected = asymmetric_reference(weight, hessian, group, places)
-    found = offset_values(grid.finish(codes), group)
+    found = dequantized(grid.finish(codes), group)
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert abs(loss(weight, found, hessian) - loss(weight, expected, hessian)) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("with_zero_points", "without"), [(AsymmetricScales, FreeScales), (AsymmetricFactors, IntegerFactors)]
+)
 @pytest.mark.parametrize("group", [16, 64])
-def test_every_step_lowers_the_loss_with_zero_points(group: int) -> None:
+def test_zero_points_lower_the_loss_of_weights_that_lean_to_one_side(
+    with_zero_points: type[Grid], without: type[Grid], group: int
+) -> None:
     weight, hessian = problem(64, 48)
     weight += 0.7
-    number_format = weight_format("int4", symmetric=False)
-    rounded = AsymmetricRounding(number_format, group, search=True).quantize(weight)
-    grid = AsymmetricScales(number_format, weight, group)
-    codes = gptq(weight, hessian, grid, GptqSettings())
-    after_gptq = loss(weight, offset_values(grid.finish(codes), group), hessian)
-    codes = descend(weight, codes, hessian, grid, GptqSettings(sweeps=2))
-    after_sweeps = loss(weight, offset_values(grid.finish(codes), group), hessian)
-    symmetric = FreeScales(INT4, weight, group)
-    plain = gptq(weight, hessian, symmetric, GptqSettings())
-    assert after_gptq < 0.65 * loss(weight, offset_values(rounded, group), hessian)
-    assert after_sweeps < 0.99 * after_gptq
-    assert after_gptq < loss(weight, dequantized(symmetric.finish(plain), group), hessian)
+    losses = []
+    for kind in (with_zero_points, without):
+        grid = kind(INT4, weight, group)
+        codes = gptq(weight, hessian, grid, GptqSettings())
+        losses.append(loss(weight, dequantized(grid.finish(codes), group), hessian))
+    assert losses[0] < 0.8 * losses[1]
 
 
-def offset_values(result, group: int) -> np.ndarray:
-    steps = result.codes.astype(np.float64) - np.repeat(result.zeros.astype(np.float64), group, axis=0)
-    return steps * np.repeat(result.scales, group, axis=0)
+def test_no_code_times_its_factor_leaves_int8() -> None:
+    weight, hessian = problem(64, 48)
+    weight[:16] += 5  # zero points at the end of the range, where the farthest code counts 15
+    grid = AsymmetricFactors(INT4, weight, 16)
+    codes = descend(weight, gptq(weight, hessian, grid, GptqSettings()), hessian, grid, GptqSettings())
+    found = grid.finish(codes)
+    integers = (found.codes.astype(int) - np.repeat(found.zeros.astype(int), 16, axis=0)) * np.repeat(
+        found.factors, 16, axis=0
+    )
+    assert 15 in codes and found.factors.max() > 8
+    assert 100 < np.abs(integers).max() <= 127
 
 
 def test_without_correlation_it_is_rounding() -> None:

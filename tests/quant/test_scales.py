@@ -21,8 +21,11 @@ def quantized(weight, name, group, *, search=False, two_level=False):
 
 
 def dequantized(result):
+    values = result.codes.astype(np.float32)
+    if result.zeros is not None:
+        values -= np.repeat(result.zeros.astype(np.float32), len(values) // len(result.zeros), axis=0)
     scales = result.scales if result.factors is None else result.scales * result.factors
-    return result.codes.astype(np.float32) * np.repeat(scales, len(result.codes) // len(scales), axis=0)
+    return values * np.repeat(scales, len(values) // len(scales), axis=0)
 
 
 def squared_error(result, weight):
@@ -87,22 +90,30 @@ def test_the_search_comes_near_a_dense_search():
 
 
 @pytest.mark.parametrize("search", [False, True])
-def test_two_level_factors_keep_products_in_int8(search):
+@pytest.mark.parametrize("kind", [ScaledRounding, AsymmetricRounding])
+def test_two_level_factors_keep_products_in_int8(kind, search):
     weight = gaussian(256, 30) * np.exp(np.random.default_rng(1).standard_normal((256, 1))).astype(np.float32)
-    result = quantized(weight, "int4", 16, search=search, two_level=True)
+    result = kind(WEIGHT_FORMATS["int4"], 16, search, two_level=True).quantize(weight)
     assert result.factors is not None
     assert np.array_equal(result.factors, np.rint(result.factors))
     assert result.factors.min() >= 1
-    assert result.factors.max() == 15
-    products = result.codes.astype(int) * np.repeat(result.factors, 16, axis=0)
-    assert np.abs(products).max() <= 127
+    assert 14 <= result.factors.max() <= 15
+    codes = result.codes.astype(int)
+    if result.zeros is not None:
+        assert np.array_equal(result.offsets, -result.zeros.astype(int) * result.factors)
+        codes -= np.repeat(result.zeros.astype(int), 16, axis=0)
+    assert np.abs(codes * np.repeat(result.factors, 16, axis=0)).max() <= 127
 
 
-def test_two_level_scales_cost_little_error_on_normal_weights():
+@pytest.mark.parametrize("kind", [ScaledRounding, AsymmetricRounding])
+def test_two_level_scales_cost_little_error_on_normal_weights(kind):
     weight = gaussian(576, 64)
-    free = squared_error(quantized(weight, "int4", 64, search=True), weight)
-    two_level = squared_error(quantized(weight, "int4", 64, search=True, two_level=True), weight)
-    assert free < two_level < 1.06 * free
+    free, two_level = (
+        kind(WEIGHT_FORMATS["int4"], 64, search=True, two_level=wanted).quantize(weight)
+        for wanted in (False, True)
+    )
+    errors = [squared_error(result, weight) for result in (free, two_level)]
+    assert errors[0] < errors[1] < 1.06 * errors[0]
 
 
 @pytest.mark.parametrize("name", FORMATS)

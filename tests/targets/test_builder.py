@@ -37,6 +37,11 @@ SCHEMES = {
     "w8a8_groups": (WeightScheme("int8", 32), DYNAMIC8),
     "w4a8": (WeightScheme("int4"), DYNAMIC8),
     "w4a8_two_level": (WeightScheme("int4", 32), DYNAMIC8),
+    "w4a8_zero_points": (WeightScheme("int4", 32, symmetric=False), DYNAMIC8),
+    "w4a4_zero_points": (
+        WeightScheme("int4", 32, symmetric=False),
+        ActivationScheme("int4", "dynamic", group=32),
+    ),
     "w4a4_groups": (WeightScheme("int4", 32), ActivationScheme("int4", "dynamic", group=32)),
     "w4a4_asymmetric": (WeightScheme("int4", 32), ActivationScheme("int4", "dynamic", symmetric=False)),
     "w4a4_asymmetric_groups": (

@@ -48,7 +48,9 @@ def test_formats_that_would_be_dequantized_on_every_run_are_refused():
     check("tensorrt-rtx", ["sm89"], load_recipe("w8a8-dynamic", ["weights.group=64"]))
 
 
-def test_zero_points_run_in_onnx_runtime_alone():
+def test_zero_points_run_in_onnx_runtime_alone_unless_integers_take_them_up():
+    for preset in ("quarot-w4a8", "quarot-w4a4kv4"):
+        check("tensorrt-rtx", ["sm89"], load_recipe(preset, ["weights.symmetric=false"]))
     recipe = load_recipe("w4a16", ["weights.symmetric=false"])
     check("onnx", [], recipe)
     for target in ("tensorrt-rtx", "tensorrt"):
