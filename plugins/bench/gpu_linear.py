@@ -99,13 +99,14 @@ class Linear:
         scale_rows = 1 if self.two_level else self.groups
         row_scales = self.groups if self.row_groups else 1
         weight = _codes(self.outputs, self.length, self.weight_bits, device)
-        weight[:, self.inputs :] = 0
+        factors = _factors(self.groups, self.outputs, device)
+        weight[:, self.inputs :] = (factors[-1] >> 4)[:, None] if self.two_level else 0
         return Operands(
             self,
             _codes(self.rows, self.inputs, self.activation_bits, device),
             torch.rand(self.rows, row_scales, device=device) * 0.01 + 0.01,
             weight,
-            torch.randint(1, 16, (self.groups, self.outputs), dtype=torch.int8, device=device),
+            factors,
             torch.rand(scale_rows, self.outputs, device=device) * 0.001 + 0.001,
             torch.randn(self.outputs, device=device),
             torch.randn(self.rows, self.outputs, device=device).to(self.dtype),
@@ -115,6 +116,14 @@ class Linear:
 def _codes(rows: int, columns: int, bits: int, device: torch.device) -> torch.Tensor:
     half = 1 << (bits - 1)
     return torch.randint(-half, half, (rows, columns), dtype=torch.int8, device=device)
+
+
+def _factors(groups: int, outputs: int, device: torch.device) -> torch.Tensor:
+    """Return bytes of factors and zero points with which no code leaves int8."""
+    zeros = torch.randint(-8, 8, (groups, outputs), dtype=torch.int8, device=device)
+    largest = 127 // torch.maximum(zeros + 8, 7 - zeros)
+    factors = 1 + (torch.rand(groups, outputs, device=device) * largest).floor().to(torch.int8)
+    return factors | zeros << 4
 
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
@@ -166,9 +175,12 @@ class Operands:
         x = torch.nn.functional.pad(self.x.double(), (0, linear.length - linear.inputs))
         x = x.reshape(linear.rows, linear.groups, group).transpose(0, 1)
         weight = self.weight.double().reshape(linear.outputs, linear.groups, group)
+        if linear.two_level:
+            factors, zeros = (part.double().T[:, :, None] for part in (self.factors & 15, self.factors >> 4))
+            weight = (weight - zeros) * factors
         sums = x @ weight.permute(1, 2, 0)
         if linear.two_level:
-            sums = (sums * self.factors.double()[:, None, :]).sum(0, keepdim=True)
+            sums = sums.sum(0, keepdim=True)
         scaled = sums * self.weight_scale.double()[:, None, :] * self.x_scale.double().T[:, :, None]
         return torch.cat([scaled, self.bias.double().expand_as(scaled[:1])])
 

@@ -4,9 +4,11 @@
 //
 // x and w hold signed 8-bit integers, or 4-bit ones two to a byte, that of even k in the low nibble. Rows of
 // w are groups * group long, with zeros beyond the length of x. s_x is one number a row, or one for each
-// group; with `two_level` the scale of w is s_w[n] factors[g, n], |w factors| at most 127. With `asymmetric`
-// x stands for x - zero[t], and s_x[t] zero[t] weight_sum[n] is subtracted, weight_sum[n] being the sum over
-// k of w times its scale. The ending adds a residual to y, or multiplies it with silu(gate).
+// group. With `two_level` w stands for (w - z) f, of magnitudes up to 127, and its scale is s_w[n]: a byte of
+// factors[g, n] holds f, 1 to 15, in its low four bits and z, -8 to 7, in its high four; beyond the length of
+// x w is z. With `asymmetric` x stands for x - zero[t], and s_x[t] zero[t] weight_sum[n] is subtracted,
+// weight_sum[n] being the sum over k of w times its scale. The ending adds a residual to y, or multiplies it
+// with silu(gate).
 //
 // Error. Sums of a group are exact int32. With one scale for a column, or two-level ones, that holds for the
 // whole sum, however the work is split. A group's sum is then rounded to float32 and scaled; with u = 2^-24,

@@ -105,8 +105,8 @@ class Pipeline {
         if (kSkipsAbsent) continue;
         source = rows - 1;
       }
-      // Past the end of a row any bytes will do: w is zero beyond the length of x, and what lies beyond the
-      // length of w is not multiplied.
+      // Past the end of a row any bytes will do: w stands for zero beyond the length of x, and what lies
+      // beyond the length of w is not multiplied.
       int byte = first_byte + inside;
       if (byte > row_bytes - 16) byte = row_bytes - 16;
       device::copy_async(shared, at, from + static_cast<int64_t>(source) * row_bytes + byte);

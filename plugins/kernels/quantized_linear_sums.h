@@ -11,11 +11,14 @@ ROTEXPORT_DEVICE uint32_t sixteenfold(uint32_t word, int high) {
   return (high ? word : word << 4) & 0xf0f0f0f0u;
 }
 
-// The same times a factor, |product| <= 127. With 128 added to each product none borrows from its neighbour:
-// u f + (128 - 8 f) with u = nibble + 8; the sign bits then take the 128 away.
-ROTEXPORT_DEVICE uint32_t widened(uint32_t word, int high, uint32_t factor) {
+// The same less the zero point z and times the factor f of a byte of `factors`, |product| <= 127. With 128
+// added to each product none borrows from its neighbour: u f + (128 - (8 + z) f) with u = nibble + 8; the
+// sign bits then take the 128 away.
+ROTEXPORT_DEVICE uint32_t widened(uint32_t word, int high, int byte) {
+  const auto factor = static_cast<uint32_t>(byte & 15);
+  const auto least = factor * static_cast<uint32_t>(8 + (byte >> 4));
   const uint32_t unsigned_nibbles = ((high ? word >> 4 : word) & 0x0f0f0f0fu) ^ 0x08080808u;
-  return (unsigned_nibbles * factor + (0x80808080u - factor * 0x08080808u)) ^ 0x80808080u;
+  return (unsigned_nibbles * factor + (0x80808080u - least * 0x01010101u)) ^ 0x80808080u;
 }
 
 // The sums of a warp.
@@ -161,8 +164,8 @@ class Sums {
       const auto word = shared.template load<uint32_t>(column * Traits::kWeightSliceBytes + 4 * q_);
       if constexpr (Traits::kScales == Scales::kTwoLevel) {
         const device::Shared<int8_t> factors(stage + Traits::kScaleOffset + inside * Traits::kScaleBytes);
-        const auto factor = static_cast<uint32_t>(int32_t{factors.template load<int8_t>(column)});
-        for (int i = 0; i < 2; ++i) right[i] = widened(word, i, factor);
+        const int byte = factors.template load<int8_t>(column);
+        for (int i = 0; i < 2; ++i) right[i] = widened(word, i, byte);
       } else {
         for (int i = 0; i < 2; ++i) right[i] = sixteenfold(word, i);
       }

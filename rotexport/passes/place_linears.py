@@ -115,8 +115,8 @@ def _constants(
     emitter = Emitter(f"{site.site}.weight")
     made = [emitter.lazy("packed", PackedRows(weight, operator.weight_bits, operator.length))]
     if operator.two_level:
-        factors = QuantizedPart(weight, Part.FACTORS, (operator.groups, outputs))
-        made.append(emitter.lazy("factors", Cast(factors, INT8)))
+        factors = QuantizedPart(weight, Part.FACTOR_BYTES, (operator.groups, outputs))
+        made.append(emitter.lazy("factors", factors))
     groups = 1 if operator.two_level else operator.groups
     made.append(emitter.lazy("scales", QuantizedPart(weight, Part.SCALES, (groups, outputs))))
     made.append(emitter.lazy("bias", _exact_bias(bias, outputs)))

@@ -21,6 +21,7 @@ class Part(Enum):
     FACTORS = "factors"
     ZEROS = "zeros"
     OFFSETS = "offsets"
+    FACTOR_BYTES = "factor_bytes"
 
 
 class Memo:
@@ -70,7 +71,7 @@ class QuantizedPart(Weight):
     def dtype(self) -> np.dtype[Any]:
         if self.part in (Part.CODES, Part.ZEROS):
             return self.quantization.quantizer.format.storage
-        if self.part is Part.OFFSETS:
+        if self.part in (Part.OFFSETS, Part.FACTOR_BYTES):
             return np.dtype(np.int8)
         return np.dtype(np.float32)
 

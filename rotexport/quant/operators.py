@@ -60,7 +60,7 @@ def linear_operator(site: SitePlan) -> LinearOperator | str:
         return "its activations are not scaled as they come"
     if formats not in FORMS:
         return f"there is no kernel for {formats[0]} weights and {formats[1]} activations"
-    if not site.weights.symmetric:
+    if not site.weights.symmetric and site.form is not WeightForm.TWO_LEVEL:
         return "its weights have zero points"
     if not site.activations.symmetric:
         return "its activations have zero points"

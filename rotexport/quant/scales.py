@@ -55,6 +55,15 @@ class QuantizedTensor:
         offsets: Array = -(zeros if self.factors is None else zeros * self.factors)
         return offsets.astype(np.int8)
 
+    @property
+    def factor_bytes(self) -> Array | None:
+        """Factors in the low four bits of bytes, zero points in the high four: int8, for QuantizedLinear."""
+        if self.factors is None:
+            return None
+        zeros = np.zeros_like(self.factors) if self.zeros is None else self.zeros.astype(np.float32)
+        joined: Array = self.factors + 16 * zeros
+        return joined.astype(np.int8)
+
     def columns(self, part: slice) -> QuantizedTensor:
         """Return some output channels."""
         factors, zeros = (None if v is None else v[:, part] for v in (self.factors, self.zeros))

@@ -24,6 +24,7 @@ K, N = 128, 24
 TOKENS = ActivationScheme("int8", "dynamic")
 INT8, INT4 = (WeightScheme(name, method="rtn") for name in ("int8", "int4"))
 TWO_LEVEL = WeightScheme("int4", 32, method="rtn")
+ZERO_POINTS = WeightScheme("int4", 32, symmetric=False, method="rtn")
 
 # Each with the operator it becomes.
 SCHEMES = [
@@ -31,6 +32,8 @@ SCHEMES = [
     (WeightScheme("int8", 64, method="rtn"), TOKENS, "QuantizedLinearW8A8"),
     (INT4, ActivationScheme("int8", "dynamic", clip=0.9), "QuantizedLinearW4A8"),
     (TWO_LEVEL, TOKENS, "QuantizedLinearW4A8TwoLevel"),
+    (ZERO_POINTS, TOKENS, "QuantizedLinearW4A8TwoLevel"),
+    (ZERO_POINTS, ActivationScheme("int4", "dynamic"), "QuantizedLinearW4A4TwoLevel"),
     (INT4, ActivationScheme("int4", "dynamic"), "QuantizedLinearW4A4"),
     (TWO_LEVEL, ActivationScheme("int4", "dynamic"), "QuantizedLinearW4A4TwoLevel"),
     (TWO_LEVEL, ActivationScheme("int4", "dynamic", group=32), "QuantizedLinearW4A4"),

@@ -36,10 +36,7 @@ def with_unit_scales(case: Case, extreme: bool = True) -> Operands:
 
 
 def integers(operands: Operands) -> np.ndarray:
-    sums = operands.group_sums()
-    if operands.case.two_level:
-        sums = sums * operands.factors[:, None, :]
-    return sums.sum(axis=0)
+    return operands.group_sums().sum(axis=0)
 
 
 def assert_within(y: np.ndarray, operands: Operands) -> None:
@@ -124,13 +121,15 @@ def test_order_of_threads_and_blocks_changes_nothing(kernels: EmulatedLinear, fo
             np.testing.assert_array_equal(kernels.run(operands, MULTIPROCESSORS, schedule), first)
 
 
-def test_factors_of_any_sign_widen_weights(kernels: EmulatedLinear) -> None:
-    """|code * factor| <= 127 is all that is asked: factors of 127 on codes of one, and negative ones."""
-    case = Case("W4A8", rows=3, inputs=128, outputs=8, group=32, two_level=True)
+def test_every_code_less_every_zero_point_times_the_largest_factor(kernels: EmulatedLinear) -> None:
+    """Neighbours in a word do not borrow from each other, wherever between -127 and 127 the products lie."""
+    case = Case("W4A8", rows=3, inputs=512, outputs=32, group=32, two_level=True)
     operands = with_unit_scales(case, extreme=False)
-    weight = np.sign(operands.weight)
-    factors = np.tile(np.array([127, -127, 100, 1], np.int8)[:, None], (1, 8))
-    changed = replace(operands, weight=weight, factors=factors)
+    codes = np.tile(np.arange(-8, 8), 32)
+    weight = np.stack([np.roll(codes, shift) for shift in range(32)])
+    zeros = np.arange(-8, 8)[:, None] + np.zeros((1, 32), int)
+    factors = 127 // np.maximum(zeros + 8, 7 - zeros)
+    changed = replace(operands, weight=weight, factors=(factors | zeros << 4).astype(np.int8))
     np.testing.assert_array_equal(kernels.run(changed), integers(changed).astype(np.float32))
 
 

@@ -77,10 +77,17 @@ class Case:
             rng.uniform(0.01, 0.02, (self.rows, row_scales)).astype(np.float32),
             rng.uniform(0.001, 0.002, (scale_rows, self.outputs)).astype(np.float32),
             rng.standard_normal(self.outputs).astype(np.float32),
-            rng.integers(1, 15, (self.groups, self.outputs), endpoint=True).astype(np.int8),
+            self._factors(rng),
             rng.integers(-20, 20, (self.rows, 1)).astype(np.float32),
             rng.standard_normal((self.rows, self.outputs)).astype(self.out),
         )
+
+    def _factors(self, rng: np.random.Generator) -> Array:
+        """Return zero points of the whole range, and factors up to the largest that keeps integers in int8."""
+        zeros = rng.integers(*RANGE[4], (self.groups, self.outputs), endpoint=True)
+        zeros[rng.random(zeros.shape) < 0.2] = 0
+        factors = rng.integers(1, 127 // np.maximum(zeros + 8, 7 - zeros), endpoint=True)
+        return (factors | zeros << 4).astype(np.int8)
 
 
 @dataclass(frozen=True)
@@ -101,11 +108,24 @@ class Operands:
         """Return values [..., K] with zeros up to the last group's end."""
         return np.pad(values, [(0, 0), (0, self.case.groups * self.case.group - self.case.inputs)])
 
+    def padded_weight(self) -> Array:
+        """Return codes [N, G g] that stand for zero beyond K."""
+        weight = self.padded(self.weight)
+        if self.case.two_level:
+            weight[:, self.case.inputs :] = (self.factors[-1] >> 4)[:, None]
+        return weight
+
     def group_sums(self) -> Array:
-        """Return the integer sums int64 [groups, rows, outputs], without factors."""
+        """Return the integer sums int64 [groups, rows, outputs], in two levels of what codes stand for."""
         count, length = self.case.groups, self.case.group
         x = self.padded(self.x).reshape(-1, count, length)
-        weight = self.padded(self.weight).reshape(-1, count, length)
+        weight = self.padded_weight().reshape(-1, count, length)
+        if self.case.two_level:
+            factors, zeros = (
+                part.astype(np.int64).T[:, :, None] for part in (self.factors & 15, self.factors >> 4)
+            )
+            weight = (weight - zeros) * factors
+            assert np.abs(weight).max() <= 127
         return np.einsum("mgk,ngk->gmn", x, weight, dtype=np.int64)
 
     def weight_sum(self) -> Array:
@@ -117,7 +137,7 @@ class Operands:
         """Return in float64 what is added to make y before its ending [terms, rows, outputs]."""
         sums = self.group_sums().astype(np.float64)
         if self.case.two_level:
-            sums = (sums * self.factors[:, None, :]).sum(axis=0, keepdims=True)
+            sums = sums.sum(axis=0, keepdims=True)
         row_scale = self.x_scale.astype(np.float64).T[:, :, None]
         scaled = sums * self.weight_scale.astype(np.float64)[:, None, :] * row_scale
         bias = np.broadcast_to(self.bias.astype(np.float64), scaled[:1].shape)
@@ -155,7 +175,7 @@ class Operands:
     def inputs(self) -> dict[str, Array]:
         """Return the operator's inputs by name, in order."""
         case = self.case
-        x, weight = self.x.astype(np.int8), self.padded(self.weight).astype(np.int8)
+        x, weight = self.x.astype(np.int8), self.padded_weight().astype(np.int8)
         made: dict[str, Array] = {"x": pack_nibbles(x) if case.activation_bits == 4 else x}
         made["x_scale"] = self.x_scale
         if case.asymmetric:
