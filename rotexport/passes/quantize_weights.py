@@ -186,5 +186,5 @@ def requantized(emitter: Emitter, integers: gs.Variable) -> gs.Variable:
 
 def less_zero_points(emitter: Emitter, products: gs.Variable, offsets: gs.Constant) -> gs.Variable:
     """Return integers [G, g, N] with int8 offsets added, which broadcast over the rows of a group."""
-    added = emitter.dequantize("offset", offsets, emitter.number("unit", 1))
+    added = emitter.dequantize("offset", offsets, emitter.number("offset_scale", 1))
     return emitter.emit("Add", "shifted", [products, added], products.shape)

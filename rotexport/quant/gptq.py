@@ -6,13 +6,14 @@ A product y = x W with W [K, N] and inputs whose second moments are H = E[xᵀx]
 
 GPTQ fixes one input channel after the other and lets those that are still free make up for its error: with
 U upper triangular and UᵀU = H⁻¹, rounding row j by e = (w_j - q_j) / U_jj moves row k > j by -e U_jk. What
-that leaves is then lowered further: every code in turn takes the best value given all others (coordinate
-descent), and scales the value of least squares given all codes. None of these steps can raise the loss.
+that leaves is then lowered further: a few input channels at a time are chosen anew, by GPTQ given all others,
+and scales take the value of least squares given all codes. None of these steps can raise the loss.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ import torch
 from rotexport.graph.weights import Array
 from rotexport.quant.grids import Grid
 from rotexport.quant.scheme import GptqSettings
+
+TOGETHER: Final = 64  # input channels that descent chooses together
 
 
 def damped(hessian: Array, damping: float) -> Array:
@@ -68,34 +71,43 @@ def gptq(weight: Array, hessian: Array, grid: Grid, settings: GptqSettings) -> A
 
 
 def descend(weight: Array, codes: Array, hessian: Array, grid: Grid, settings: GptqSettings) -> Array:
-    """Return better codes: rounds of coordinate descent, scales refitted before each and at the end."""
+    """Return better codes: rounds over all input channels, scales refitted before each and at the end."""
     codes = codes.copy()
     hessian = hessian.astype(weight.dtype)
     target = hessian @ weight
+    order = np.random.default_rng(0)
     for _ in range(settings.sweeps):
         grid.refit(codes, hessian, target)
-        _sweep(codes, hessian, target, grid, settings.block)
+        _sweep(codes, hessian, target, grid, order.permutation(len(codes)))
     if settings.sweeps:
         grid.refit(codes, hessian, target)
     return codes
 
 
-def _sweep(codes: Array, hessian: Array, target: Array, grid: Grid, block: int) -> None:
-    """Set every row of codes, in place, to the nearest codes of its optimum given all other rows."""
+def _sweep(codes: Array, hessian: Array, target: Array, grid: Grid, order: Array) -> None:
+    """Choose rows of codes anew, in place, some at a time in `order`; others stay as they are meanwhile.
+
+    Where the new codes of an output channel have a larger loss than the old, the old ones stay.
+    """
     scales = grid.expanded(len(codes))
-    slope = hessian @ (codes * scales) - target  # half the gradient
-    diagonal = hessian.diagonal()
-    for start in range(0, len(codes), block):
-        stop = min(start + block, len(codes))
-        local, moves = slope[start:stop], np.empty_like(slope[start:stop])
-        for row in range(start, stop):
-            place = row - start
-            best = codes[row] - local[place] / (diagonal[row] * scales[row])
-            new = grid.rounded(best, row // grid.group)
-            moves[place] = (new - codes[row]) * scales[row]
-            codes[row] = new
-            local[place + 1 :] += np.outer(hessian[row, row + 1 : stop], moves[place])
-        slope[stop:] += hessian[stop:, start:stop] @ moves
+    values = codes * scales
+    slope = hessian @ values - target  # half the gradient
+    for rows in np.array_split(order, max(1, len(order) // TOGETHER)):
+        inner = hessian[np.ix_(rows, rows)]
+        upper = inverse_factor(inner).astype(values.dtype)
+        free = values[rows] - upper.T @ (upper @ slope[rows])  # best real values
+        chosen, moves = np.empty_like(free), np.empty_like(free)
+        for place, row in enumerate(rows):
+            chosen[place] = grid.rounded(free[place] / scales[row], row // grid.group)
+            value = chosen[place] * scales[row]
+            moves[place] = value - values[row]
+            error = (free[place] - value) / upper[place, place]
+            free[place + 1 :] -= np.outer(upper[place, place + 1 :], error)
+        change = np.einsum("kn,kn->n", moves, 2 * slope[rows] + inner @ moves)
+        moves[:, change >= 0] = 0
+        codes[rows] = np.where(change < 0, chosen, codes[rows])
+        values[rows] += moves
+        slope += hessian[:, rows] @ moves
 
 
 def inverse_factor(hessian: Array) -> Array:

@@ -56,7 +56,7 @@ class GptqSettings:
     """How GPTQ runs.
 
     `damping` times the mean of H's diagonal is added to it. `order` "activation" quantizes input channels by
-    falling second moment. `sweeps` counts rounds of coordinate descent with refitted scales afterwards.
+    falling second moment. `sweeps` counts rounds of descent with refitted scales afterwards.
     `feedback` aims at the float network's outputs from the quantized network's inputs, instead of at the
     float weight; `ridge` times that mean keeps the aim near the weight where text does not tell it better.
     `relative` divides squared errors of what joins the residual stream by the stream's magnitude at their

@@ -110,7 +110,9 @@ def test_each_scheme_becomes_its_kernel(engines, site):
         assert kernels(report.layers)[site] == {expected(SCHEMES)[site]}
 
 
-@pytest.mark.parametrize("site", ["w4a16", "w4a8", "w4a8_two_level", "w4a4_groups"])
+@pytest.mark.parametrize(
+    "site", ["w4a16", "w4a8", "w4a8_two_level", "w4a8_zero_points", "w4a4_groups", "w4a4_zero_points"]
+)
 def test_four_bit_weights_stay_four_bits_in_the_plan(engines, site):
     for report in engines[0]:
         stored = {
@@ -125,7 +127,7 @@ def test_four_bit_weights_stay_four_bits_in_the_plan(engines, site):
 
 def test_integer_products_keep_a_float32_accumulator(engines):
     for report, site in itertools.product(
-        engines[0], ["w8a8", "w8a8_dynamic", "w4a8_two_level", "w4a4_groups"]
+        engines[0], ["w8a8", "w8a8_dynamic", "w4a8_two_level", "w4a8_zero_points", "w4a4_groups"]
     ):
         gemms = [layer for layer in report.layers if layer.kernel is Kernel.INT8 and site in layer.origins]
         assert [output.dtype for layer in gemms for output in layer.outputs] == ["Float"]
