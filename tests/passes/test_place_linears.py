@@ -203,6 +203,7 @@ def test_a_hadamard_that_others_read_stays() -> None:
         (site("y", INT8, ActivationScheme()), "its activations are not scaled as they come"),
         (site("y", WeightScheme("fp8"), ActivationScheme("fp8", "dynamic")), "no kernel for fp8 weights"),
         (site("y", INT8, ActivationScheme("int4", "dynamic")), "no kernel for int8 weights and int4"),
+        (site("y", WeightScheme("int4", symmetric=False), TOKENS), "its weights have zero points"),
         (site("y", WeightScheme("int4", 16), TOKENS), "groups of 16 are no multiple of 32"),
         (site("y", WeightScheme("int8", 512), TOKENS, 1024), "groups of 512 are above 256"),
         (site("y", INT8, ActivationScheme("int8", "dynamic", group=32)), "need the same groups of weights"),
