@@ -11,6 +11,7 @@ weight (a float w per group g and output channel) or of the activation, there is
 
 as one batched MatMul [G, M, g] x [G, g, N], whose integer sums are exact in float32 while g <= 1,024.
 Blocked scales are never left behind quantized activations: TensorRT-RTX 1.7 applies only the first block's.
+Zero points of int4 codes are added to them as offsets, on the way to int8; int8 codes keep theirs.
 
 A static scale is a vector of equal numbers in front and goes into the weight's scales behind, for a reason: a
 scalar becomes a literal in the kernels TensorRT-RTX generates, and layers cannot share them (SmolLM2-135M:

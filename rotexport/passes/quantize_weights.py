@@ -113,7 +113,7 @@ class _Weight:
         if self.site.form is WeightForm.GROUPED:
             return self._grouped(inputs // self.site.product_group, self.site.product_group, outputs)
         if self.site.form is WeightForm.TWO_LEVEL:
-            integers = self._shifted() if not self.site.weights.symmetric else self._integers()
+            integers = self._integers() if self.site.weights.symmetric else self._shifted()
             scales = self._part(Part.SCALES, outputs)
             return self.emitter.dequantize("dequantized", requantized(self.emitter, integers), scales, axis=1)
         codes = self._part(Part.CODES, inputs, outputs)
