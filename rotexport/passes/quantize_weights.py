@@ -131,16 +131,13 @@ class _Weight:
 
     def _shifted(self) -> gs.Variable:
         """Return codes less their zero points times factors, [K, N]."""
-        inputs, outputs = self.quantization.source.shape
+        outputs = self.quantization.source.shape[1]
         groups, group = self.quantization.groups, self.site.weight_group
         codes = self._part(Part.CODES, groups, group, outputs)
         factors = self._part(Part.FACTORS, groups, 1, outputs)
         products = self.emitter.dequantize("products", codes, factors, axis=1, block_size=group)
         shifted = less_zero_points(self.emitter, products, self._part(Part.OFFSETS, groups, 1, outputs))
-        matrix = [inputs, outputs]
-        return self.emitter.emit(
-            "Reshape", "matrix", [shifted, self.emitter.integers("shape", matrix)], matrix
-        )
+        return self._matrix(shifted)
 
     def _grouped(self, count: int, length: int, outputs: int) -> gs.Variable:
         codes = self._part(Part.CODES, count, length, outputs)
@@ -148,10 +145,12 @@ class _Weight:
             values = self._dequantize(codes, (outputs,), axis=2)
         else:
             values = self._dequantize(codes, (count, 1, outputs), axis=1, block_size=length)
-        matrix = [count * length, outputs]
-        return self.emitter.emit(
-            "Reshape", "matrix", [values, self.emitter.integers("shape", matrix)], matrix
-        )
+        return self._matrix(values)
+
+    def _matrix(self, groups: gs.Variable) -> gs.Variable:
+        """Return values [G, g, N] as [K, N]."""
+        shape = list(self.quantization.source.shape)
+        return self.emitter.emit("Reshape", "matrix", [groups, self.emitter.integers("shape", shape)], shape)
 
     def _dequantize(
         self, codes: gs.Variable | gs.Constant, shape: tuple[int, ...], **attributes: int

@@ -113,7 +113,21 @@ class FreeScales(Grid):
         return QuantizedTensor(self.stored(codes), self._scales)
 
 
-class AsymmetricScales(FreeScales):
+class _ZeroPoints(Grid):
+    """What grids with a zero point per group and output channel share."""
+
+    _zeros: Array
+
+    def rounded(self, steps: Array, index: int) -> Array:
+        return round_centered(steps, self._zeros[index], self.format)
+
+    def _shifted(self, codes: Array, scales: Array, factors: Array | None = None) -> QuantizedTensor:
+        """Return codes [K, N], counted from zero points, as they are stored."""
+        shifted = codes + np.repeat(self._zeros, self.group, axis=0)
+        return QuantizedTensor(self.stored(shifted), scales, factors, self.stored(self._zeros))
+
+
+class AsymmetricScales(_ZeroPoints, FreeScales):
     """A float32 scale and a zero point per group and output channel."""
 
     def __init__(self, number_format: NumberFormat, weight: Array, group: int) -> None:
@@ -132,12 +146,8 @@ class AsymmetricScales(FreeScales):
             self._scales[index] = np.where(better, scale, self._scales[index])
             self._zeros[index] = np.where(better, zero, self._zeros[index])
 
-    def rounded(self, steps: Array, index: int) -> Array:
-        return round_centered(steps, self._zeros[index], self.format)
-
     def finish(self, codes: Array) -> QuantizedTensor:
-        shifted = codes + np.repeat(self._zeros, self.group, axis=0)
-        return QuantizedTensor(self.stored(shifted), self._scales, zeros=self.stored(self._zeros))
+        return self._shifted(codes, self._scales)
 
 
 class IntegerFactors(Grid):
@@ -173,7 +183,7 @@ class IntegerFactors(Grid):
         return QuantizedTensor(self.stored(codes), self._channel[None], self._factors)
 
 
-class AsymmetricFactors(IntegerFactors):
+class AsymmetricFactors(_ZeroPoints, IntegerFactors):
     """A scale t[g, n] s[n] and a zero point per group, t so small that no code times t leaves int8."""
 
     def _start(self, weight: Array) -> QuantizedTensor:
@@ -202,14 +212,8 @@ class AsymmetricFactors(IntegerFactors):
                 self._factors[index] = np.where(better, factor, self._factors[index])
                 self._zeros[index] = np.where(better, bounded, self._zeros[index])
 
-    def rounded(self, steps: Array, index: int) -> Array:
-        return round_centered(steps, self._zeros[index], self.format)
-
     def finish(self, codes: Array) -> QuantizedTensor:
-        shifted = codes + np.repeat(self._zeros, self.group, axis=0)
-        return QuantizedTensor(
-            self.stored(shifted), self._channel[None], self._factors, self.stored(self._zeros)
-        )
+        return self._shifted(codes, self._channel[None], self._factors)
 
 
 def _best(rows: Array, importance: Array, candidates: Array, number_format: NumberFormat) -> Array:

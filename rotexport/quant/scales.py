@@ -16,6 +16,7 @@ integer accumulation, whatever the number of groups.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -89,73 +90,64 @@ class WeightQuantizer(Protocol):
 
 
 @dataclass(frozen=True)
-class ScaledRounding:
-    """Round to nearest; the scale of a group comes from its largest magnitude, or from a search."""
+class _Rounding(ABC):
+    """Round to nearest on the levels of each group; in two levels, on those that whole factors leave."""
 
     format: NumberFormat
     group: int
     search: bool
     two_level: bool = False
 
+    @abstractmethod
+    def _levels(self, groups: Array, ratios: Array | None) -> tuple[Array, Array | None]:
+        """Return scales [n, G] of groups [n, G, g], and their zero points where there are any."""
+
     def quantize(self, weight: Array, ratios: Array | None = None) -> QuantizedTensor:
         """Quantize a float matrix [K, N]; `ratios` [K / group, N] of the ranges replace the search."""
         inputs, outputs = weight.shape
-        group_count = inputs // self.group
+        shape = (inputs // self.group, outputs)
         codes = np.empty((inputs, outputs), np.int8 if self.format.storage == INT4 else self.format.storage)
-        scales = np.empty((1 if self.two_level else group_count, outputs), np.float32)
-        factors = np.empty((group_count, outputs), np.float32) if self.two_level else None
+        scales = np.empty((1, outputs) if self.two_level else shape, np.float32)
+        factors = np.empty(shape, np.float32) if self.two_level else None
+        zeros: Array | None = None
         for columns, groups in _chunks(weight, self.group):
-            scale = self._scale(groups, None if ratios is None else ratios[:, columns].T)
+            scale, zero = self._levels(groups, None if ratios is None else ratios[:, columns].T)
+            scale = scale.astype(np.float32)  # codes are made with the scale that is stored, not a finer one
             if factors is not None:
-                factor, channel = _two_levels(groups, scale, np.zeros_like(scale), self.format)
+                centre = np.zeros_like(scale) if zero is None else zero
+                factor, channel = _two_levels(groups, scale, centre, self.format)
                 scale = channel * factor
                 factors[:, columns], scales[:, columns] = factor.T, channel.T
             else:
                 scales[:, columns] = scale.T
-            rounded = self.format.round(groups / scale[..., None])
+            steps = groups / scale[..., None]
+            if zero is None:
+                rounded = self.format.round(steps)
+            else:
+                rounded = round_centered(steps, zero[..., None], self.format) + zero[..., None]
+                zeros = np.empty(shape, codes.dtype) if zeros is None else zeros
+                zeros[:, columns] = zero.T
             codes[:, columns] = rounded.reshape(len(rounded), inputs).T
-        return QuantizedTensor(codes.astype(self.format.storage, copy=False), scales, factors)
-
-    def _scale(self, groups: Array, ratios: Array | None) -> Array:
-        if ratios is not None:
-            return (max_scale(groups, self.format) * ratios).astype(np.float32)
-        scale = _searched_scale(groups, self.format) if self.search else max_scale(groups, self.format)
-        return scale.astype(np.float32)  # codes are made with the scale that is stored, not a finer one
+        stored = self.format.storage
+        kept = None if zeros is None else zeros.astype(stored, copy=False)
+        return QuantizedTensor(codes.astype(stored, copy=False), scales, factors, kept)
 
 
 @dataclass(frozen=True)
-class AsymmetricRounding:
-    """Round to nearest on levels between a group's least and largest weight, or between searched ends."""
+class ScaledRounding(_Rounding):
+    """The scale of a group comes from its largest magnitude, or from a search."""
 
-    format: NumberFormat
-    group: int
-    search: bool
-    two_level: bool = False
+    def _levels(self, groups: Array, ratios: Array | None) -> tuple[Array, Array | None]:
+        if ratios is not None:
+            return max_scale(groups, self.format) * ratios, None
+        return _searched_scale(groups, self.format) if self.search else max_scale(groups, self.format), None
 
-    def quantize(self, weight: Array, ratios: Array | None = None) -> QuantizedTensor:
-        """Quantize a float matrix [K, N]; `ratios` [K / group, N] of the ranges replace the search."""
-        inputs, outputs = weight.shape
-        group_count = inputs // self.group
-        codes = np.empty((inputs, outputs), np.int8)
-        scales = np.empty((1 if self.two_level else group_count, outputs), np.float32)
-        factors = np.empty((group_count, outputs), np.float32) if self.two_level else None
-        zeros = np.empty((group_count, outputs), np.int8)
-        for columns, groups in _chunks(weight, self.group):
-            scale, zero = self._levels(groups, None if ratios is None else ratios[:, columns].T)
-            scale = scale.astype(np.float32)
-            if factors is not None:
-                factor, channel = _two_levels(groups, scale, zero, self.format)
-                scale = channel * factor
-                factors[:, columns], scales[:, columns] = factor.T, channel.T
-            else:
-                scales[:, columns] = scale.T
-            centered = round_centered(groups / scale[..., None], zero[..., None], self.format)
-            codes[:, columns] = (centered + zero[..., None]).reshape(len(groups), inputs).T
-            zeros[:, columns] = zero.T
-        storage = self.format.storage
-        return QuantizedTensor(codes.astype(storage, copy=False), scales, factors, zeros.astype(storage))
 
-    def _levels(self, groups: Array, ratios: Array | None) -> tuple[Array, Array]:
+@dataclass(frozen=True)
+class AsymmetricRounding(_Rounding):
+    """Levels lie between a group's least and largest weight, or between searched ends."""
+
+    def _levels(self, groups: Array, ratios: Array | None) -> tuple[Array, Array | None]:
         scale, zero = spanning_levels(groups, self.format, 1.0)
         if ratios is not None:  # clipped at both ends alike, a range keeps its zero point
             return scale * ratios, zero
