@@ -26,13 +26,7 @@ RESULTS = Path(__file__).parent / "results" / "accuracy.json"
 WINDOWS = "calibration_windows=16"  # few, so that the whole table takes hours; `best-*` look at more
 GPTQ = ("weights.method=gptq", WINDOWS, "gptq.damping=0.1")
 PUBLISHED = ("weights.method=gptq", WINDOWS, "gptq.feedback=false", "gptq.sweeps=0", "gptq.relative=false")
-QAT = (
-    "calibration_windows=96",
-    "gptq.windows=16",
-    "distill.steps=60",
-    "distill.weight_rate=0.005",
-    "distill.scale_rate=0.0005",
-)
+QAT = (WINDOWS, "reconstruct.steps=48", "reconstruct.weight_rate=0.03")
 UNROTATED = tuple(setting.removeprefix("--set=") for setting in NO_ROTATION)
 SCHEMES = {
     "W4A16": ("w4a16", ()),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import onnx_graphsurgeon as gs
 from transformers import PreTrainedModel
 
-from rotexport.blocks.calibration import Network, solve_blocks
+from rotexport.blocks.calibration import Behind, Network, run_blocks, solve_blocks
 from rotexport.blocks.head import head_correction
 from rotexport.blocks.sensitivity import sensitivities, widen
+from rotexport.blocks.split import split_blocks
 from rotexport.checkpoint import Checkpoint, open_checkpoint
 from rotexport.doctor import require
 from rotexport.errors import TargetError, ValidationError
@@ -294,6 +297,7 @@ def _calibrate(prepared: Prepared, scratch: Scratch, kept: Path, steps: Steps) -
             found.notes += notes
 
     solved: dict[str, WeightQuantizer] = {}
+    behind: Behind | None = None
     steps.search_clips(statistics, solved)
     network = steps.network(statistics)
     if recipe.reconstruct.enabled or any(
@@ -302,24 +306,39 @@ def _calibrate(prepared: Prepared, scratch: Scratch, kept: Path, steps: Steps) -
         with stages("blocks") as stage:
             method = block_method(recipe)
             seen = spread(windows, recipe.gptq.windows or len(windows))
-            solved, found.blocks = solve_blocks(network, method, seen, kept, stage.advance)
+            chosen = solve_blocks(network, method, seen, kept, stage.advance)
+            solved, found.blocks, behind = chosen.weights, chosen.results, chosen.behind
         steps.measure("weights chosen", statistics, solved)
         steps.search_clips(statistics, solved)
         network = steps.network(statistics)
+        behind = None if recipe.clip_search.enabled else behind
     if recipe.distill.enabled:
         with stages("distill") as stage:
             distilled = distill_network(network, solved, windows, kept, stage.advance)
             found.plan, solved = distilled.plan, distilled.solved
             found.notes.append(distilled.note)
+            behind = None
         steps.measure("distilled", statistics, solved)
-    if not recipe.correct_head.enabled:
-        return Calibrated(statistics, key_means, solved)
-    with stages("correct head") as stage:
-        correct = recipe.correct_head
-        seen, network = spread(windows, correct.windows), steps.network(statistics)
-        head = head_correction(network, solved, seen, correct.ridge, stage.advance)
-    found.notes.append(head.note)
-    return Calibrated(statistics, key_means, solved, head.matrix)
+    head = _correct_head(prepared, statistics, solved, behind, steps) if recipe.correct_head.enabled else None
+    return Calibrated(statistics, key_means, solved, head)
+
+
+def _correct_head(
+    prepared: Prepared,
+    statistics: Mapping[str, InputStatistics],
+    solved: Mapping[str, WeightQuantizer],
+    behind: Behind | None,
+    steps: Steps,
+) -> Array:
+    """Return what the head takes up; `behind` are the streams behind the blocks, if nothing changed since."""
+    correct, graph = prepared.recipe.correct_head, prepared.graph
+    seen = spread(prepared.samples.calibration, correct.windows)
+    with steps.stages("correct head") as stage:
+        if behind is None or not np.array_equal(behind.windows, seen):
+            behind = run_blocks(steps.network(statistics), solved, seen, stage.advance)
+        head = head_correction(split_blocks(graph), behind, correct.ridge)
+    steps.found.notes.append(head.note)
+    return head.matrix
 
 
 def _refuse(output: OutputDirectory, proof: Proof) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -127,10 +127,28 @@ class BlockResult:
     sites: dict[str, dict[str, float]]
 
 
+@dataclass(frozen=True, eq=False)
+class Behind:
+    """What leaves the last block over some windows [W, S]: in the float network, and in the quantized one."""
+
+    windows: Array
+    exact: Iterable[Tensor]
+    quantized: Iterable[Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class SolvedBlocks:
+    """Quantized weights by site, what they cost by block, and the streams `behind` them, in files."""
+
+    weights: dict[str, WeightQuantizer]
+    results: list[BlockResult]
+    behind: Behind
+
+
 def solve_blocks(
     network: Network, method: BlockMethod, windows: Array, folder: Path, advance: Advance
-) -> tuple[dict[str, WeightQuantizer], list[BlockResult]]:
-    """Choose the weights of every planned site inside blocks; return them by site, and what it cost.
+) -> SolvedBlocks:
+    """Choose the weights of every planned site inside blocks.
 
     Args:
         network: what to quantize; its graph is not changed.
@@ -152,8 +170,36 @@ def solve_blocks(
         for number, block in enumerate(split.blocks):
             results.append(runner.solve(block))
             advance(number + 1, len(split.blocks))
-    runner.last_streams_removed()
-    return runner.solved, results
+    return SolvedBlocks(runner.solved, results, runner.behind())
+
+
+def run_blocks(
+    network: Network,
+    solved: Mapping[str, WeightQuantizer],
+    windows: Array,
+    advance: Callable[[int, int], None] = lambda done, of: None,
+) -> Behind:
+    """Run both networks, the quantized one with weights as `solved`, by site, or rounded.
+
+    Args:
+        network: what is quantized, and how; its graph is not changed.
+        solved: quantizers of weights by site.
+        windows: calibration token ids [W, S]; both networks' streams over all of them are in memory.
+        advance: told (blocks done, blocks in all).
+
+    """
+    split = split_blocks(network.graph)
+    context = split.context(windows.shape[1])
+    exact = [split.embed(window) for window in windows]
+    inexact = list(exact)
+    with torch.no_grad():
+        for number, graph in enumerate(split.blocks):
+            block, edits = TorchBlock(graph), network.edits(graph)
+            exact = [block(x, context) for x in exact]
+            block.weights |= quantized_weights(network, solved, block)
+            inexact = [block(x, context, edits) for x in inexact]
+            advance(number + 1, len(split.blocks))
+    return Behind(windows, exact, inexact)
 
 
 class _Runner:
@@ -210,10 +256,10 @@ class _Runner:
             for stream in streams:
                 stream[slice(index, index + 1)] = self.split.embed(window)
 
-    def last_streams_removed(self) -> None:
-        """Delete what leaves the last block."""
-        for path in self.folder.glob("*.stream"):
-            path.unlink()
+    def behind(self) -> Behind:
+        last = self.split.blocks[-1].index + 1
+        streams = [self._stream(name, last) for name in ("float", "quantized")]
+        return Behind(self.windows, *streams)
 
     def _stream(self, name: str, index: int) -> Stream:
         return Stream(self.folder / f"{name}-{index}.stream", self.shape)

@@ -7,19 +7,16 @@ folds into W, so it costs nothing where the head has a weight of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from rotexport.blocks.calibration import Network, quantized_weights
+from rotexport.blocks.calibration import Behind
 from rotexport.blocks.gptq_blocks import Moments, best_real
-from rotexport.blocks.split import split_blocks
-from rotexport.blocks.torch_block import TorchBlock
+from rotexport.blocks.split import Split
 from rotexport.graph.weights import Array
 from rotexport.quant.gptq import damped
-from rotexport.quant.scales import WeightQuantizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,35 +35,20 @@ class CorrectedHead:
         )
 
 
-def head_correction(
-    network: Network,
-    solved: Mapping[str, WeightQuantizer],
-    windows: Array,
-    ridge: float,
-    advance: Callable[[int, int], None] = lambda done, of: None,
-) -> CorrectedHead:
-    """Return M for the head of a network whose weights are `solved`, by site, or rounded.
+def head_correction(split: Split, behind: Behind, ridge: float) -> CorrectedHead:
+    """Return M for the head of a network whose blocks leave these streams.
 
     Args:
-        network: what is quantized, and how; its graph is not changed.
-        solved: quantizers of weights by site.
-        windows: calibration token ids [W, S]; both networks' streams over all of them are in memory.
+        split: the network's graph; it is not changed.
+        behind: both networks' streams behind the last block, in batches.
         ridge: λ, in units of H's mean diagonal.
-        advance: told (blocks done, blocks in all).
 
     """
-    split = split_blocks(network.graph)
-    context = split.context(windows.shape[1])
-    exact = [split.embed(window) for window in windows]
-    inexact = list(exact)
     with torch.no_grad():
-        for number, graph in enumerate(split.blocks):
-            block, edits = TorchBlock(graph), network.edits(graph)
-            exact = [block(x, context) for x in exact]
-            block.weights |= quantized_weights(network, solved, block)
-            inexact = [block(x, context, edits) for x in inexact]
-            advance(number + 1, len(split.blocks))
-        seen = [(split.head_inputs(y), split.head_inputs(x)) for y, x in zip(inexact, exact, strict=True)]
+        seen = [
+            (split.head_inputs(y), split.head_inputs(x))
+            for y, x in zip(behind.quantized, behind.exact, strict=True)
+        ]
     width = seen[0][0].shape[-1]
     moments = Moments.of(width)
     for quantized, wanted in seen:

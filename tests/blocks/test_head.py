@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from support.tiny import tiny_model
 
-from rotexport.blocks.calibration import Network, quantized_weights
-from rotexport.blocks.head import head_correction
+from rotexport.blocks.calibration import Network, quantized_weights, run_blocks
+from rotexport.blocks.head import CorrectedHead, head_correction
 from rotexport.blocks.split import split_blocks
 from rotexport.blocks.torch_block import TorchBlock
 from rotexport.checkpoint import open_checkpoint
@@ -27,6 +27,10 @@ def network_of(mapping) -> Network:
     return Network(graph, plan_sites(graph, recipe), {}, recipe)
 
 
+def corrected(network: Network, windows, ridge: float) -> CorrectedHead:
+    return head_correction(split_blocks(network.graph), run_blocks(network, {}, windows), ridge)
+
+
 def head_inputs(network: Network, windows, *, quantized: bool) -> np.ndarray:
     split = split_blocks(network.graph)
     with torch.no_grad():
@@ -42,7 +46,7 @@ def head_inputs(network: Network, windows, *, quantized: bool) -> np.ndarray:
 def test_it_is_the_ridge_regression_of_the_float_states_on_the_quantized_ones() -> None:
     network, ridge = network_of(INT4), 0.05
     inputs, wanted = (head_inputs(network, WINDOWS, quantized=flag) for flag in (True, False))
-    found = head_correction(network, {}, WINDOWS, ridge)
+    found = corrected(network, WINDOWS, ridge)
     # |x̂ (I + D) - x|² + λ |D|² as one least-squares problem, its penalty as rows of their own.
     weight = np.sqrt(ridge * np.mean(np.sum(inputs**2, 0)))
     rows = np.concatenate([inputs, weight * np.eye(64)])
@@ -55,7 +59,7 @@ def test_it_is_the_ridge_regression_of_the_float_states_on_the_quantized_ones() 
 
 def test_logits_come_nearer_the_float_networks_on_other_text() -> None:
     network = network_of(INT4)
-    matrix = head_correction(network, {}, WINDOWS[:10], 0.1).matrix
+    matrix = corrected(network, WINDOWS[:10], 0.1).matrix
     inputs, wanted = (head_inputs(network, WINDOWS[10:], quantized=flag) for flag in (True, False))
     head = weight_of(next(site for site in linears(network.graph) if site.role == "head").weight).read()
     errors = [np.square((inputs @ change - wanted) @ head).sum() for change in (np.eye(64), matrix)]
@@ -64,5 +68,5 @@ def test_logits_come_nearer_the_float_networks_on_other_text() -> None:
 
 def test_a_network_without_error_keeps_its_head() -> None:
     network = network_of({"dtype": "fp32"})
-    found = head_correction(network, {}, WINDOWS[:2], 0.1)
+    found = corrected(network, WINDOWS[:2], 0.1)
     np.testing.assert_allclose(found.matrix, np.eye(64), atol=1e-6)

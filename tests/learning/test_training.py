@@ -73,7 +73,7 @@ def students_of(network: Network, learn_clips: bool = False) -> list[Student]:
 
 
 def solve(network: Network, method: BlockMethod, folder: Path) -> list[BlockResult]:
-    return solve_blocks(network, method, WINDOWS, folder, lambda *_: None)[1]
+    return solve_blocks(network, method, WINDOWS, folder, lambda *_: None).results
 
 
 def test_reconstruction_brings_rounded_blocks_nearer_to_float_ones(tmp_path: Path) -> None:
