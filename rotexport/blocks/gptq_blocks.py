@@ -29,23 +29,39 @@ SMALLEST_POWER = 1e-12  # of a token in the stream
 
 @dataclass
 class Moments:
-    """Sums over tokens of x̂ᵀx̂ and x̂ᵀx [K, K]: inputs x̂ of the quantized network, x of the float one."""
+    """Sums over tokens of x̂ᵀx̂ and x̂ᵀx [K, K]: inputs x̂ of the quantized network, x of the float one.
+
+    `owed` [K, N] sums x̂ᵀr where the products, [..., N], are to take back an error r of what they join.
+    """
 
     second: Array
     cross: Array
+    owed: Array | None = None
 
     @classmethod
     def of(cls, width: int) -> Moments:
         """Return moments of nothing yet."""
         return cls(np.zeros((width, width)), np.zeros((width, width)))
 
-    def add(self, quantized: Tensor, exact: Tensor | None, importance: Tensor | None = None) -> None:
-        """Add tokens [..., K] of both networks, each `importance` [...] times; None: once."""
+    def add(
+        self,
+        quantized: Tensor,
+        exact: Tensor | None,
+        importance: Tensor | None = None,
+        error: Tensor | None = None,
+    ) -> None:
+        """Add tokens [..., K] of both networks, each `importance` [...] times, with `error` r [..., N].
+
+        Without importance each counts once.
+        """
         rows = quantized.reshape(-1, quantized.shape[-1])
         counted = rows if importance is None else rows * importance.reshape(-1, 1)
         self.second += (counted.T @ rows).numpy()
         if exact is not None:
             self.cross += (counted.T @ exact.reshape(rows.shape)).numpy()
+        if error is not None:
+            owed = (counted.T @ error.reshape(len(rows), -1)).numpy()
+            self.owed = owed.astype(np.float64) if self.owed is None else self.owed + owed
 
 
 @dataclass(frozen=True)
@@ -55,8 +71,10 @@ class GptqMethod:
     With feedback, what is multiplied are the inputs as they are quantized, and the aim is the float network's
     output: the best real weight for that, W + (H + λI)⁻¹ (C - H) W with C = E[x̂ᵀx], takes W's place. H and C
     are estimates: without a ridge λ of H's own magnitude the aim follows the noise of a few windows, and is
-    worse on other text than the weight. Without feedback, activations stay float while collecting, as in
-    QuaRot. Errors of products that join the residual stream count the less, the larger it is at their token.
+    worse on other text than the weight. Products that join the residual stream aim at the float network's
+    stream, so at taking back the error r that the quantized one carries there, too: H⁻¹E[x̂ᵀr] is added
+    (LoaQ, arXiv 2509.06297). Their errors count the less, the larger the stream is at their token. Without
+    feedback, activations stay float while collecting, as in QuaRot.
     """
 
     settings: GptqSettings
@@ -95,18 +113,21 @@ class GptqMethod:
     ) -> Moments:
         """Bring both networks up to a group's input; return its moments."""
         block, tensor = task.block, task.block.input_of[group[0]]
-        quantizer = task.edits.inputs.get(group[0]) if self.settings.feedback else None
+        settings = self.settings
+        quantizer = task.edits.inputs.get(group[0]) if settings.feedback else None
         moments = Moments.of(len(original[group[0]]))
         restored = _with_weights(original)
-        role = block.role_of[group[0]]
+        joining = block.role_of[group[0]] in JOINING and (settings.relative or settings.takes_back)
         for windows, exact, inexact in zip(task.inputs.batches(), *streams, strict=True):
             block.advance(exact, tensor, restored)
-            block.advance(inexact, tensor, task.edits if self.settings.feedback else NO_EDITS)
+            block.advance(inexact, tensor, task.edits if settings.feedback else NO_EDITS)
             seen = inexact[tensor] if quantizer is None else quantizer(inexact[tensor])
-            importance = None
-            if self.settings.relative and role in JOINING:
-                importance = importance_of(*_joined(task, role, windows, (exact, inexact), restored))
-            moments.add(seen, exact[tensor] if self.settings.feedback else None, importance)
+            importance = error = None
+            if joining:
+                joined = _joined(task, group[0], windows, (exact, inexact), restored)
+                importance = joined.importance if settings.relative else None
+                error = joined.error if settings.takes_back else None
+            moments.add(seen, exact[tensor] if settings.feedback else None, importance, error)
         return moments
 
     def _together(
@@ -143,20 +164,36 @@ class GptqMethod:
             outputs[windows] = reached.pop(task.block.block.output)
 
 
+@dataclass(frozen=True)
+class _Joined:
+    """What a product is added to, [windows, tokens, D]: its `error` r, and the importance of its tokens.
+
+    There is no error where something lies between the product and the sum, since r is the sum's.
+    """
+
+    importance: Tensor
+    error: Tensor | None
+
+
 def _joined(
-    task: BlockTask, role: str, windows: slice, networks: tuple[dict[str, Tensor], ...], restored: Edits
-) -> tuple[Tensor, ...]:
-    """Return the residual streams [windows, tokens, D] beside which a product's errors are judged.
+    task: BlockTask, site: str, windows: slice, networks: tuple[dict[str, Tensor], ...], restored: Edits
+) -> _Joined:
+    """Return what a product joins.
 
     Attention joins the stream as it entered the block. What a down projection makes is judged beside its own
     result, by the float weight, since it may be what makes a token massive.
     """
-    if role != "down":
-        return task.float_inputs[windows], task.inputs[windows]
-    output = task.block.block.output
-    results = tuple(task.block.run(values, [output], restored)[output] for values in networks)
-    networks[0][output] = results[0]  # is what the float network leaves behind
-    return results
+    block = task.block
+    if block.role_of[site] != "down":
+        exact, inexact = task.float_inputs[windows], task.inputs[windows]
+        error = exact - inexact
+    else:
+        output, tensor = block.block.output, block.input_of[site]
+        exact, inexact = (block.run(values, [output], restored)[output] for values in networks)
+        weight = restored.weights[site](block.weights[site])
+        error = exact - inexact - (networks[0][tensor] - networks[1][tensor]) @ weight
+        networks[0][output] = exact  # is what the float network leaves behind
+    return _Joined(importance_of(exact, inexact), error if block.joins_directly(site) else None)
 
 
 def importance_of(exact: Tensor, inexact: Tensor) -> Tensor:
@@ -171,11 +208,12 @@ def importance_of(exact: Tensor, inexact: Tensor) -> Tensor:
 
 
 def best_real(weight: Array, hessian: Array, moments: Moments) -> Array:
-    """Return what turns quantized inputs into the products x W best, for W [K, N]: W + H⁻¹ (C - x̂ᵀx̂) W.
+    """Return what turns quantized inputs into x W + r best, for W [K, N]: W + H⁻¹ ((C - x̂ᵀx̂) W + x̂ᵀr).
 
     `hessian` H [K, K] is x̂ᵀx̂ with whatever keeps the result near W.
     """
-    gap = torch.from_numpy((moments.cross - moments.second) @ weight.astype(np.float64))
+    wanted = (moments.cross - moments.second) @ weight.astype(np.float64)
+    gap = torch.from_numpy(wanted if moments.owed is None else wanted + moments.owed)
     factor = torch.linalg.cholesky(torch.from_numpy(hessian))
     result: Array = weight + torch.cholesky_solve(gap, factor).numpy().astype(np.float32)
     return result

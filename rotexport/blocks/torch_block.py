@@ -76,6 +76,16 @@ class TorchBlock:
 
         return self._evaluator.run(given, wanted, rewrite)
 
+    def joins_directly(self, site: str) -> bool:
+        """Whether what a site makes is added to another tensor as it is, a constant bias at most between."""
+        value = next(linear.node for linear in self.block.sites if linear.name == site).outputs[0]
+        while len(value.outputs) == 1 and value.outputs[0].op == "Add":
+            added = value.outputs[0]
+            if not any(isinstance(tensor, gs.Constant) for tensor in added.inputs):
+                return True
+            value = added.outputs[0]
+        return False
+
     def begin(self, x: Tensor, context: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what `advance` starts from."""
         return {**self._context(context, len(x)), self.block.input: x}

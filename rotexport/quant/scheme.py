@@ -59,6 +59,8 @@ class GptqSettings:
     falling second moment. `sweeps` counts rounds of descent with refitted scales afterwards.
     `feedback` aims at the float network's outputs from the quantized network's inputs, instead of at the
     float weight; `ridge` times that mean keeps the aim near the weight where text does not tell it better.
+    With feedback, what joins the residual stream aims at the float network's stream; `residual` false leaves
+    the error that is there already to itself.
     `relative` divides squared errors of what joins the residual stream by the stream's magnitude at their
     token, since the next norm will; otherwise a few massive tokens are most of H.
     Updates reach beyond `block` rows once per block, which changes speed only. `windows` of the calibration
@@ -73,6 +75,7 @@ class GptqSettings:
     windows: int | None = None
     ridge: float = 1.0
     relative: bool = True
+    residual: bool = True
 
     def __post_init__(self) -> None:
         _check_fraction("gptq.damping", self.damping)
@@ -81,13 +84,18 @@ class GptqSettings:
         _one_of("gptq.order", self.order, GPTQ_ORDERS)
         if not isinstance(self.sweeps, int) or self.sweeps < 0:
             raise RecipeError(f"gptq.sweeps: {self.sweeps!r} is not a number of rounds")
-        for key in ("feedback", "relative"):
+        for key in ("feedback", "relative", "residual"):
             if not isinstance(getattr(self, key), bool):
                 raise RecipeError(f"gptq.{key}: {getattr(self, key)!r} is not true or false")
         if not isinstance(self.block, int) or self.block < 1:
             raise RecipeError(f"gptq.block: {self.block!r} is not a positive number of rows")
         if self.windows is not None and (not isinstance(self.windows, int) or self.windows < 1):
             raise RecipeError(f"gptq.windows: {self.windows!r} is not a positive number of windows")
+
+    @property
+    def takes_back(self) -> bool:
+        """Whether products that join the stream aim at the float network's stream."""
+        return self.feedback and self.residual
 
 
 @dataclass(frozen=True)

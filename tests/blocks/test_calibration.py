@@ -46,9 +46,9 @@ SCHEMES = {
 }
 
 
-def network_of(mapping) -> Network:
+def network_of(mapping, model_type: str = "llama") -> Network:
     recipe = from_mapping(mapping)
-    graph = export(open_checkpoint(tiny_model("llama", **SIZES)))
+    graph = export(open_checkpoint(tiny_model(model_type, **SIZES)))
     plan = plan_sites(graph, recipe)
     Pipeline(graph, None).run(rotation_passes(recipe.rotations), announce=lambda name: None)
     return Network(graph, plan, {}, recipe)
@@ -116,6 +116,18 @@ def test_feedback_follows_the_float_network_more_closely(tmp_path: Path) -> None
         method = GptqMethod(GptqSettings(feedback=feedback, ridge=0))  # on the text itself
         last[feedback] = run(network, tmp_path / str(feedback), method).results[-1].error
     assert last[True] < 0.97 * last[False]
+
+
+@pytest.mark.parametrize(("model_type", "nearer"), [("llama", True), ("gemma2", False)])
+def test_what_joins_the_stream_takes_back_its_error(model_type: str, nearer: bool, tmp_path: Path) -> None:
+    network, last = network_of(W4A8, model_type), {}
+    for residual in (False, True):
+        method = GptqMethod(GptqSettings(residual=residual, ridge=0.01))
+        last[residual] = run(network, tmp_path / str(residual), method).results[-1].error
+    if nearer:
+        assert last[True] < 0.97 * last[False]
+    else:  # a norm follows its products, so what the stream lacks is not what they lack
+        assert last[True] == last[False]
 
 
 def test_a_token_with_a_massive_stream_counts_less(tmp_path: Path) -> None:
@@ -201,6 +213,23 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     run(network_of(W4A8), tmp_path)
     with pytest.raises(OutputError, match="holds a calibration of another model, recipe or text"):
         run(network_of(W4A8), tmp_path, GptqMethod(GptqSettings(sweeps=1)))
+
+
+def test_the_aim_with_an_error_to_take_back_is_that_of_least_squares() -> None:
+    generator = np.random.default_rng(0)
+    weight = generator.standard_normal((16, 8)).astype(np.float32)
+    exact, noisy = generator.standard_normal((2, 200, 16)).astype(np.float32)
+    error = (noisy @ generator.standard_normal((16, 8)) + generator.standard_normal((200, 8))).astype(
+        np.float32
+    )
+    importance = generator.uniform(0.1, 2, 200).astype(np.float32)
+    moments = Moments.of(16)
+    for half in (slice(0, 80), slice(80, 200)):
+        given = (torch.from_numpy(part[half]) for part in (noisy, exact, importance, error))
+        moments.add(*given)
+    root = np.sqrt(importance)[:, None]
+    expected = np.linalg.lstsq(root * noisy, root * (exact @ weight + error), rcond=None)[0]
+    np.testing.assert_allclose(best_real(weight, moments.second, moments), expected, atol=1e-4)
 
 
 def test_a_ridge_keeps_what_a_few_tokens_would_lead_astray() -> None:

@@ -124,3 +124,11 @@ def test_a_block_that_reads_the_tokens_besides_its_input_is_refused() -> None:
     with pytest.raises(GraphError, match=r"block 0 reads 'b0_side', which depends on the tokens"):
         split_blocks(graph_of(text))
     split_blocks(graph_of(decoder(1)))
+
+
+@pytest.mark.parametrize(("model_type", "joining"), [("llama", True), ("gpt2", True), ("gemma2", False)])
+def test_which_products_are_added_to_the_stream_as_they_are(model_type: str, joining: bool) -> None:
+    block = TorchBlock(split_blocks(export(open_checkpoint(tiny_model(model_type)))).blocks[0])
+    joins = {role: block.joins_directly(site) for site, role in block.role_of.items()}
+    assert joins["output"] is joins["down"] is joining  # behind gemma2's are norms, behind gpt2's biases
+    assert not any(direct for role, direct in joins.items() if role not in ("output", "down"))
