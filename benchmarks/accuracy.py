@@ -61,6 +61,7 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {  # of best-w4a8, one at a time
     "nothing": (),
     "feedback": ("gptq.feedback=false",),
     "ridge": ("gptq.ridge=0",),
+    "the stream's error as an aim": ("gptq.residual=false",),
     "errors relative to the stream": ("gptq.relative=false",),
     "descent": ("gptq.sweeps=0",),
     "zero points": ("weights.symmetric=true",),

@@ -13,6 +13,7 @@ import pytest
 from support.tiny import tiny_model
 
 import rotexport
+from rotexport.blocks.calibration import run_blocks
 from rotexport.build import BuildOptions
 from rotexport.errors import OutputError, RecipeError, TargetError, ValidationError
 from rotexport.graph.io import load_model
@@ -117,6 +118,32 @@ def test_a_corrected_head_brings_the_network_nearer_the_float_one(llama, tmp_pat
         divergence[windows] = report.proof.comparison.kl
         assert any("head corrected" in note for note in report.notes) == (windows > 0)
     assert divergence[64] < divergence[0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "runs_again"),
+    [
+        ((), False),
+        (("gptq.windows=4",), True),
+        (("distill.steps=1",), True),
+        (("clip_search.candidates=2",), True),
+    ],
+)
+def test_streams_that_gptq_left_correct_the_head_while_they_are_the_networks(
+    llama, changed: tuple[str, ...], runs_again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return run_blocks(*arguments)
+
+    monkeypatch.setattr(sys.modules["rotexport.build"], "run_blocks", counted)
+    settings = ("weights.method=gptq", "calibration_windows=8", "correct_head.windows=8", *changed)
+    recipe = load_recipe("quarot-w4a8", settings)
+    report = rotexport.build(llama, tmp_path / "out", recipe, BuildOptions(validate=False))
+    assert any("head corrected" in note for note in report.notes)
+    assert bool(calls) == runs_again
 
 
 def test_mixed_precision_keeps_the_worst_sites_wider(llama, tmp_path: Path) -> None:

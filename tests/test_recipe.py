@@ -73,6 +73,7 @@ def test_the_last_matching_override_wins_and_the_head_stays_float() -> None:
         ({"overrides": [{"weights": {"format": "int8"}}]}, "needs a `site`"),
         ({"attention": {"kind": "streaming", "widow": 4}}, "unknown key 'attention.widow'"),
         ({"gptq": {"ridge": -1}}, "gptq.ridge: -1 is not a number of at least 0"),
+        ({"gptq": {"residual": 1}}, "gptq.residual: 1 is not true or false"),
         ({"gptq": {"windows": 0}}, "gptq.windows: 0 is not a positive number of windows"),
         ({"kv_cache": {"key": "int2"}}, "kv_cache.key: int2 needs a bounded cache"),
         ({"kv_cache": {"value": "fp8"}}, "kv_cache.value: fp8 needs a bounded cache"),
