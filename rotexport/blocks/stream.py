@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,16 +11,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rotexport.errors import OutputError
+
 BATCH_TOKENS = 2048  # evaluated at a time
 
 
 class Stream:
-    """Activations [windows, tokens, width] at one point of the residual stream, as float32 in `path`."""
+    """Activations [windows, tokens, width] at one point of the residual stream, as float32 in `path`.
+
+    Raises:
+        OutputError: the disk has no room for them.
+
+    """
 
     def __init__(self, path: Path, shape: Sequence[int]) -> None:
         self.path = path
-        exists = path.exists()
-        self._values = np.memmap(path, np.float32, "r+" if exists else "w+", shape=tuple(shape))
+        if not path.exists():
+            _reserve(path, math.prod(shape) * np.dtype(np.float32).itemsize)
+        self._values = np.memmap(path, np.float32, "r+", shape=tuple(shape))
         self._batch = max(1, BATCH_TOKENS // shape[1])
 
     @property
@@ -46,3 +56,19 @@ class Stream:
     def remove(self) -> None:
         """Delete the file."""
         self.path.unlink(missing_ok=True)
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Create a file of `size` bytes that are there: writing to a mapped hole on a full disk ends the process."""
+    try:
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise OutputError(
+            f"no room for {size:,} bytes of calibration activations in '{path.parent}': {error.strerror}; "
+            "free some, look at fewer calibration_windows, or name a folder elsewhere with --resume"
+        ) from error
