@@ -59,7 +59,7 @@ class Stream:
 
 
 def _reserve(path: Path, size: int) -> None:
-    """Create a file of `size` bytes that are there: writing to a mapped hole on a full disk ends the process."""
+    """Create a file of `size` bytes that are there: a hole written to on a full disk ends the process."""
     try:
         with path.open("wb") as file:
             if hasattr(os, "posix_fallocate"):
