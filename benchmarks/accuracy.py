@@ -150,23 +150,24 @@ def processor_seconds() -> float:
 
 def markdown(results: dict[str, Any]) -> str:
     """What is shipped beside its targets; per scheme, rotations down and methods across; the ablation."""
-    named = {tuple(name.split(" / ")): row for name, row in results.items()}
+    named = {
+        (row.scheme, row.rotation, row.method): results[row.name] for row in rows() if row.name in results
+    }
     shipped = ["| scheme | recipe | perplexity | target | processor seconds | GB |", f"|{'---|' * 6}"]
     left_out = ["| best-w4a8 from 16 windows | perplexity |", "|---|---|"]
     schemes: dict[str, dict[tuple[str, str], float]] = {}
     for (scheme, rotation, method), row in named.items():
-        if rotation.startswith("best"):
+        if rotation == "best":
             figures = (
                 row.get(key, "") for key in ("perplexity", "target", "cpu_seconds", "peak_anonymous_GB")
             )
-            name = scheme + rotation.removeprefix("best")
-            shipped.append(f"| {name} | {' | '.join(map(str, (row['recipe'], *figures)))} |")
+            shipped.append(f"| {scheme} | {' | '.join(map(str, (row['recipe'], *figures)))} |")
         elif rotation.startswith("without "):
             left_out.append(f"| {rotation} | {row['perplexity']} |")
         else:
             schemes.setdefault(scheme, {})[rotation, method] = row["perplexity"]
     across = [_across(scheme, found) for scheme, found in schemes.items()]
-    return "\n\n".join(["\n".join(shipped), *across, "\n".join(left_out)])
+    return "\n\n".join(["\n".join(shipped), *across, *(["\n".join(left_out)] if left_out[2:] else [])])
 
 
 def _across(scheme: str, found: dict[tuple[str, str], float]) -> str:

@@ -166,7 +166,7 @@ class GptqMethod:
 
 @dataclass(frozen=True)
 class _Joined:
-    """What a product is added to, [windows, tokens, D]: its `error` r, and the importance of its tokens.
+    """What a product is added to: its `error` r [windows, tokens, D], and what its tokens count.
 
     There is no error where something lies between the product and the sum, since r is the sum's.
     """
@@ -178,22 +178,24 @@ class _Joined:
 def _joined(
     task: BlockTask, site: str, windows: slice, networks: tuple[dict[str, Tensor], ...], restored: Edits
 ) -> _Joined:
-    """Return what a product joins.
+    """Return what a product joins, with float weights wherever none are chosen yet.
 
     Attention joins the stream as it entered the block. What a down projection makes is judged beside its own
     result, by the float weight, since it may be what makes a token massive.
     """
     block = task.block
-    if block.role_of[site] != "down":
-        exact, inexact = task.float_inputs[windows], task.inputs[windows]
-        error = exact - inexact
-    else:
-        output, tensor = block.block.output, block.input_of[site]
-        exact, inexact = (block.run(values, [output], restored)[output] for values in networks)
-        weight = restored.weights[site](block.weights[site])
-        error = exact - inexact - (networks[0][tensor] - networks[1][tensor]) @ weight
-        networks[0][output] = exact  # is what the float network leaves behind
-    return _Joined(importance_of(exact, inexact), error if block.joins_directly(site) else None)
+    output, tensor, total = block.block.output, block.input_of[site], block.sum_of(site)
+    last = block.role_of[site] == "down"
+    wanted = {name for name in (output if last else None, total) if name is not None}
+    exact, inexact = (block.run(values, wanted, restored) for values in networks)
+    error = None
+    if total is not None:
+        change = (networks[0][tensor] - networks[1][tensor]) @ restored.weights[site](block.weights[site])
+        error = exact[total] - inexact[total] - change
+    if not last:
+        return _Joined(importance_of(task.float_inputs[windows], task.inputs[windows]), error)
+    networks[0][output] = exact[output]  # is what the float network leaves behind
+    return _Joined(importance_of(exact[output], inexact[output]), error)
 
 
 def importance_of(exact: Tensor, inexact: Tensor) -> Tensor:

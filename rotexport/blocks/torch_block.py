@@ -76,15 +76,20 @@ class TorchBlock:
 
         return self._evaluator.run(given, wanted, rewrite)
 
-    def joins_directly(self, site: str) -> bool:
-        """Whether what a site makes is added to another tensor as it is, a constant bias at most between."""
+    def sum_of(self, site: str) -> str | None:
+        """Return the sum, of all that is added, that a site's product enters as it is; None: it enters none.
+
+        In a block whose attention and MLP run in parallel, it is the same for both.
+        """
+        inside = {id(node) for node in self.block.nodes}
         value = next(linear.node for linear in self.block.sites if linear.name == site).outputs[0]
-        while len(value.outputs) == 1 and value.outputs[0].op == "Add":
+        found = None
+        while len(value.outputs) == 1 and value.outputs[0].op == "Add" and id(value.outputs[0]) in inside:
             added = value.outputs[0]
-            if not any(isinstance(tensor, gs.Constant) for tensor in added.inputs):
-                return True
             value = added.outputs[0]
-        return False
+            if not any(isinstance(tensor, gs.Constant) for tensor in added.inputs):
+                found = value.name
+        return found
 
     def begin(self, x: Tensor, context: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what `advance` starts from."""

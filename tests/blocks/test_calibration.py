@@ -118,7 +118,7 @@ def test_feedback_follows_the_float_network_more_closely(tmp_path: Path) -> None
     assert last[True] < 0.97 * last[False]
 
 
-@pytest.mark.parametrize(("model_type", "nearer"), [("llama", True), ("gemma2", False)])
+@pytest.mark.parametrize(("model_type", "nearer"), [("llama", True), ("gpt_neox", True), ("gemma2", False)])
 def test_what_joins_the_stream_takes_back_its_error(model_type: str, nearer: bool, tmp_path: Path) -> None:
     network, last = network_of(W4A8, model_type), {}
     for residual in (False, True):

@@ -127,8 +127,19 @@ def test_a_block_that_reads_the_tokens_besides_its_input_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("model_type", "joining"), [("llama", True), ("gpt2", True), ("gemma2", False)])
-def test_which_products_are_added_to_the_stream_as_they_are(model_type: str, joining: bool) -> None:
+def test_which_sums_a_blocks_products_enter_as_they_are(model_type: str, joining: bool) -> None:
     block = TorchBlock(split_blocks(export(open_checkpoint(tiny_model(model_type)))).blocks[0])
-    joins = {role: block.joins_directly(site) for site, role in block.role_of.items()}
-    assert joins["output"] is joins["down"] is joining  # behind gemma2's are norms, behind gpt2's biases
-    assert not any(direct for role, direct in joins.items() if role not in ("output", "down"))
+    sums = {block.role_of[site]: block.sum_of(site) for site in block.role_of}
+    joined = [sums.pop("output"), sums.pop("down")]
+    if joining:  # a bias may lie between
+        assert joined[0] not in (None, block.block.output)
+        assert joined[1] == block.block.output
+    else:  # norms do
+        assert joined == [None, None]
+    assert not any(sums.values())
+
+
+def test_attention_and_mlp_in_parallel_enter_one_sum() -> None:
+    block = TorchBlock(split_blocks(export(open_checkpoint(tiny_model("gpt_neox")))).blocks[0])
+    sums = {block.role_of[site]: block.sum_of(site) for site in block.role_of}
+    assert sums["output"] == sums["down"] == block.block.output
