@@ -159,7 +159,8 @@ def markdown(results: dict[str, Any]) -> str:
     for (scheme, rotation, method), row in named.items():
         if rotation == "best":
             figures = (
-                row.get(key, "") for key in ("perplexity", "target", "cpu_seconds", "peak_anonymous_GB")
+                "" if row.get(key) is None else row[key]
+                for key in ("perplexity", "target", "cpu_seconds", "peak_anonymous_GB")
             )
             shipped.append(f"| {scheme} | {' | '.join(map(str, (row['recipe'], *figures)))} |")
         elif rotation.startswith("without "):
