@@ -117,7 +117,8 @@ class GptqMethod:
         quantizer = task.edits.inputs.get(group[0]) if settings.feedback else None
         moments = Moments.of(len(original[group[0]]))
         restored = _with_weights(original)
-        joining = block.role_of[group[0]] in JOINING and (settings.relative or settings.takes_back)
+        takes_back = settings.takes_back and len(group) == 1  # the sum's error is for one product to take
+        joining = block.role_of[group[0]] in JOINING and (settings.relative or takes_back)
         for windows, exact, inexact in zip(task.inputs.batches(), *streams, strict=True):
             block.advance(exact, tensor, restored)
             block.advance(inexact, tensor, task.edits if settings.feedback else NO_EDITS)
@@ -126,7 +127,7 @@ class GptqMethod:
             if joining:
                 joined = _joined(task, group[0], windows, (exact, inexact), restored)
                 importance = joined.importance if settings.relative else None
-                error = joined.error if settings.takes_back else None
+                error = joined.error if takes_back else None
             moments.add(seen, exact[tensor] if settings.feedback else None, importance, error)
         return moments
 
