@@ -138,11 +138,11 @@ class Behind:
 
 @dataclass(frozen=True, eq=False)
 class SolvedBlocks:
-    """Quantized weights by site, what they cost by block, and the streams `behind` them, in files."""
+    """Quantized weights by site, what they cost by block, and the streams `behind`, if in files yet."""
 
     weights: dict[str, WeightQuantizer]
     results: list[BlockResult]
-    behind: Behind
+    behind: Behind | None
 
 
 def solve_blocks(
@@ -256,13 +256,17 @@ class _Runner:
             for stream in streams:
                 stream[slice(index, index + 1)] = self.split.embed(window)
 
-    def behind(self) -> Behind:
+    def behind(self) -> Behind | None:
         last = self.split.blocks[-1].index + 1
-        streams = [self._stream(name, last) for name in ("float", "quantized")]
-        return Behind(self.windows, *streams)
+        if not all(self._path(name, last).exists() for name in ("float", "quantized")):
+            return None  # new files would hold zeros
+        return Behind(self.windows, self._stream("float", last), self._stream("quantized", last))
 
     def _stream(self, name: str, index: int) -> Stream:
-        return Stream(self.folder / f"{name}-{index}.stream", self.shape)
+        return Stream(self._path(name, index), self.shape)
+
+    def _path(self, name: str, index: int) -> Path:
+        return self.folder / f"{name}-{index}.stream"
 
     def _weights(self, block: BlockGraph) -> Path:
         return self.folder / f"block-{block.index}.npz"
