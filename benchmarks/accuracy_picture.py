@@ -13,7 +13,8 @@ WIDTH, LEFT, RIGHT, ROW, HEAD = 760, 110, 24, 26, 56
 TICKS = (22, 25, 30, 40, 50, 60, 80, 100, 120, 150, 200)
 STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #1f2328 } .faint { fill: #59636e; font-size: 12px }
-.head { font-weight: 600 } line { stroke: #d1d9e0 } .float { stroke: #59636e; stroke-dasharray: 3 3 } .shape { stroke: #fff }
+.head { font-weight: 600 } .shape { stroke: #fff }
+line { stroke: #d1d9e0 } .float { stroke: #59636e; stroke-dasharray: 3 3 }
 .m0 { fill: #818b98 } .m1 { fill: #b77d00 } .m2 { fill: #0969da } .m3 { fill: #bf3989 } .m4 { fill: #1a7f37 }
 @media (prefers-color-scheme: dark) {
   text { fill: #f0f6fc } .faint { fill: #9198a1 } line { stroke: #3d444d } .float { stroke: #9198a1 }
