@@ -76,7 +76,7 @@ class OrthogonalMatrix(_Tabled, Orthogonal):
         return OrthogonalMatrix(self.values.T)
 
     def online_nodes(self, name: str, x: gs.Variable) -> Online:
-        return online.matmul(name, x, self.values)
+        return online.dense(name, x, self.values)
 
     def describe(self) -> str:
         return f"orthogonal {self.size}x{self.size}"
@@ -113,7 +113,7 @@ class InvertibleMatrix(_Tabled):
         return InvertibleMatrix(np.linalg.inv(self.values).T)
 
     def online_nodes(self, name: str, x: gs.Variable) -> Online:
-        return online.matmul(name, x, self.values)
+        return online.dense(name, x, self.values)
 
     def describe(self) -> str:
         return f"invertible {self.size}x{self.size}"

@@ -53,9 +53,9 @@ def multiply(name: str, x: gs.Variable, vector: Array) -> Online:
     return _node("Mul", name, [x, gs.Constant(f"{name}.factor", vector.astype(_dtype(x)))])
 
 
-def matmul(name: str, x: gs.Variable, matrix: Array) -> Online:
-    """Return x · matrix."""
-    return _node("MatMul", name, [x, gs.Constant(f"{name}.matrix", matrix.astype(_dtype(x)))])
+def dense(name: str, x: gs.Variable, matrix: Array) -> Online:
+    """Return x · matrix, as a KroneckerTransform: a MatMul by a constant is one of the model's linears."""
+    return kronecker(name, x, np.ones(1), np.ones((1, 1)), matrix)
 
 
 def matmul_left(name: str, x: gs.Variable, matrix: Array) -> Online:

@@ -5,6 +5,9 @@ from support.graphs import graph_of
 from support.models import decoder
 
 from rotexport.graph.sites import linears
+from rotexport.transforms.hadamard import Hadamard
+from rotexport.transforms.matrices import OrthogonalMatrix
+from rotexport.transforms.transform import Transform
 
 GATED = ["query", "key", "value", "output", "gate", "up", "down"]
 PLAIN = ["query", "key", "value", "output", "up", "down"]
@@ -52,6 +55,19 @@ def test_a_fused_projection_is_one_site() -> None:
 def test_a_product_of_two_activations_is_no_linear() -> None:
     graph = graph_of("product (float[2, 3] x, float[3, 2] y) => (float[2, 2] z) { z = MatMul(x, y) }")
     assert linears(graph) == []
+
+
+@pytest.mark.parametrize(
+    "transform", [OrthogonalMatrix.random(6, 0), Hadamard.of(6, block=2)], ids=["dense", "Hadamard"]
+)
+def test_a_rotation_that_runs_online_is_no_linear(transform: Transform) -> None:
+    graph = graph_of("linear (float[2, 6] x, float[6, 2] W) => (float[2, 2] y) { y = MatMul(x, W) }")
+    (before,) = linears(graph)
+    nodes, rotated = transform.online_nodes("x.rotated", graph.inputs[0])
+    before.node.inputs[0] = rotated
+    graph.nodes += nodes
+    graph.toposort()
+    assert linears(graph) == [before]
 
 
 def test_attention_and_mlp_in_parallel_belong_to_one_block() -> None:
