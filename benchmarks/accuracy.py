@@ -31,18 +31,14 @@ GPTQ = ("weights.method=gptq", WINDOWS, "gptq.damping=0.1")
 PUBLISHED = ("weights.method=gptq", WINDOWS, "gptq.feedback=false", "gptq.sweeps=0", "gptq.relative=false")
 QAT = (WINDOWS, "reconstruct.steps=48", "reconstruct.weight_rate=0.03")
 UNROTATED = tuple(setting.removeprefix("--set=") for setting in NO_ROTATION)
-SCHEMES = {
-    "W4A16": ("w4a16", ()),
+SCHEMES = {  # what a 4-bit cache adds to each shows in the recipes that are shipped
     "W8A8 static": ("quarot-w8a8", ()),
     "W4A8": ("quarot-w4a8", ()),
-    "W4A8 KV4": ("quarot-w4a8kv4", ()),
     "W4A4": ("quarot-w4a4kv4", ("kv_cache.key=none", "kv_cache.value=none", "rotations.r3=none")),
-    "W4A4 KV4": ("quarot-w4a4kv4", ()),
 }
 ROTATIONS: dict[str, tuple[str, ...]] = {
     "none": UNROTATED,
     "QuaRot": (),
-    "R1, R2 only": ("rotations.r3=none", "rotations.r4=none", "rotations.o_heads=none"),
     "principal": ("rotations.r1=principal", "rotations.r2=principal", "smoothing=down"),
     "SpinQuant": (
         "rotations.r1=learned",
@@ -108,7 +104,6 @@ def rows() -> list[Row]:
         for rotation, turned in ROTATIONS.items()
         for method, chosen in METHODS.items()
         if not (method.endswith("QAT") and "static" in scheme)  # it trains behind dynamic activations
-        and not (rotation == "FlatQuant" and scheme == "W4A16")  # it transforms quantized activations
     ]
     best = [Row(scheme, "best", recipe, recipe, (), target) for scheme, (recipe, target) in BEST.items()]
     ablation = [
